@@ -1,0 +1,85 @@
+"""From a method's rule to the operator's lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid
+from dit_accel.layout import TokenLayout
+
+
+def plan_from_tile_mask(
+    layout: TokenLayout,
+    tiles: TileGrid,
+    keep: Tensor,  # bool [Q, Q], [H, Q, Q] or [B, H, Q, Q]
+    whole: Tensor | None = None,  # bool, same shape: every pair of the tile is kept
+    window: AxisWindows | None = None,
+) -> BlockPlan:
+    """Compact lists from a mask over tiles.
+
+    Args:
+        layout: the sequence; its text span goes into the plan.
+        tiles: the grid cut into tiles.
+        keep: which key tiles each query tile sees.
+        whole: which of them need no mask; the default is every one. Key tiles that stick out of the grid are
+            treated as partial in any case.
+        window: the rule inside partial tiles.
+    """
+    if tiles.num_tokens != layout.visual_tokens:
+        raise ValueError(f"tiles cover {tiles.num_tokens} tokens, the layout has {layout.visual_tokens} on its grid.")
+    keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
+    full = (tiles.tile_tokens() == tiles.tile_size).to(keep.device)
+    whole = keep & full if whole is None else keep & full & whole.reshape(keep.shape)
+    partial = keep & ~whole
+    counts, partial_counts = keep.sum(-1), partial.sum(-1)
+    kept = max(1, int(counts.max()))
+    rank = 2 - partial.to(torch.int8) * 2 - whole.to(torch.int8)  # 0 partial, 1 whole, 2 not kept
+    indices = rank.argsort(dim=-1, stable=True)[..., :kept]
+    return BlockPlan(
+        tiles=tiles,
+        counts=counts.int(),
+        partial=partial_counts.int(),
+        indices=indices.int().contiguous(),
+        prefix=layout.prefix,
+        suffix=layout.suffix,
+        window=window,
+    )
+
+
+def plan_from_windows(layout: TokenLayout, tiles: TileGrid, windows: AxisWindows) -> BlockPlan:
+    """Lists of the tiles that a per-axis rule touches, with the exact rule kept for those it cuts.
+
+    The rule is judged per axis, on at most a few hundred coordinates each, and the axes are then combined over
+    tiles: no token-level mask is built.
+    """
+    touched, covered = [], []
+    for axis, mask in enumerate(windows.axis_masks(tiles.grid)):
+        any_pair, all_pairs = _axis_tiles(mask, tiles.tile[axis])
+        touched.append(any_pair)
+        covered.append(all_pairs)
+    keep = _combine_axes(touched, windows.union)
+    whole = _combine_axes(covered, windows.union)
+    return plan_from_tile_mask(layout, tiles, keep, whole, None if bool((whole == keep).all()) else windows)
+
+
+def _axis_tiles(mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """From coordinates to tiles of one axis: does any pair of a tile pair pass, do all of them?"""
+    size = mask.shape[0]
+    count = -(-size // step)
+    tile = torch.arange(size, device=mask.device) // step
+    pairs = torch.zeros(count, count, dtype=torch.float32, device=mask.device)
+    pairs.index_put_((tile[:, None].expand_as(mask), tile[None, :].expand_as(mask)), mask.float(), accumulate=True)
+    sizes = torch.bincount(tile, minlength=count).float()
+    return pairs > 0, pairs == sizes[:, None] * sizes[None, :]
+
+
+def _combine_axes(axes: list[Tensor], union: bool) -> Tensor:
+    """Tile masks of three axes to one over tiles in (frame, row, column) order: bool [Q, Q]."""
+    frame, row, column = axes
+    t, h, w = (axis.shape[0] for axis in axes)
+    frame = frame[:, None, None, :, None, None]
+    row = row[None, :, None, None, :, None]
+    column = column[None, None, :, None, None, :]
+    combined = frame | row | column if union else frame & row & column
+    return combined.reshape(t * h * w, t * h * w)

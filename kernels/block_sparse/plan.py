@@ -1,0 +1,177 @@
+"""What the block-sparse operator is told: tiles of a token grid, and which key tiles each query tile sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """A token grid cut into boxes. Sizes that do not divide are normal: the last box of an axis is smaller.
+
+    A *raster tile* of 128 consecutive tokens is the box (1, 1, 128) of the grid (1, 1, N).
+
+    Args:
+        grid: tokens per axis, (frame, row, column).
+        tile: tokens of one whole tile per axis.
+    """
+
+    grid: Triple
+    tile: Triple
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(f"grid must be three sizes of at least 1 (frame, row, column), got {self.grid}.")
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ValueError(f"tile must be three sizes of at least 1 (frame, row, column), got {self.tile}.")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def tile_size(self) -> int:
+        """Tokens of a whole tile."""
+        return self.tile[0] * self.tile[1] * self.tile[2]
+
+    @property
+    def tiles(self) -> Triple:
+        """Tiles per axis."""
+        t, h, w = (-(-size // step) for size, step in zip(self.grid, self.tile, strict=True))
+        return t, h, w
+
+    @property
+    def num_tiles(self) -> int:
+        return self.tiles[0] * self.tiles[1] * self.tiles[2]
+
+    def axis_sizes(self, axis: int) -> Tensor:
+        """Valid tokens of each tile along one axis, int64 [tiles[axis]]."""
+        starts = torch.arange(self.tiles[axis]) * self.tile[axis]
+        return (self.grid[axis] - starts).clamp(max=self.tile[axis])
+
+    def tile_tokens(self) -> Tensor:
+        """Valid tokens of each tile, int64 [num_tiles]; smaller than ``tile_size`` where a box sticks out."""
+        t, h, w = (self.axis_sizes(axis) for axis in range(3))
+        return (t[:, None, None] * h[None, :, None] * w[None, None, :]).reshape(-1)
+
+    def token_tile(self) -> Tensor:
+        """The tile of each token in frame, row, column order, int64 [num_tokens]."""
+        t, h, w = (torch.arange(size) // step for size, step in zip(self.grid, self.tile, strict=True))
+        _, tiles_h, tiles_w = self.tiles
+        return ((t[:, None, None] * tiles_h + h[None, :, None]) * tiles_w + w[None, None, :]).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class AxisWindows:
+    """An exact rule inside tiles, one interval per axis and query coordinate.
+
+    On axis ``a`` a query at coordinate x admits a key at coordinate y when ``first <= y <= last`` and
+    ``(y - x) % dilation[a] == 0``. A pair is kept when all axes admit it, or any axis if ``union``.
+
+    Args:
+        bounds: int32 [frames + rows + columns, 2], (first, last) inclusive; the three axes one after the other.
+        dilation: step between admitted keys per axis.
+        union: keep a pair that any single axis admits.
+    """
+
+    bounds: Tensor
+    dilation: Triple = (1, 1, 1)
+    union: bool = False
+
+    def axis_masks(self, grid: Triple) -> tuple[Tensor, Tensor, Tensor]:
+        """Which key coordinates each query coordinate admits, per axis: bool [size, size]."""
+        masks, offset = [], 0
+        for size, step in zip(grid, self.dilation, strict=True):
+            first, last = self.bounds[offset : offset + size].long().unbind(1)
+            query = torch.arange(size, device=self.bounds.device)
+            key = query[None, :]
+            masks.append(
+                (key >= first[:, None]) & (key <= last[:, None]) & ((key - query[:, None]) % step == 0)
+            )
+            offset += size
+        return masks[0], masks[1], masks[2]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Compact lists of the key tiles each query tile sees; never an L x L mask.
+
+    Tokens lie as ``prefix`` text tokens, the grid in (frame, row, column) order, ``suffix`` text tokens. Text keys
+    are seen by every query and text queries see every key, so lists speak of grid tiles only.
+
+    Args:
+        tiles: the grid and its tile.
+        counts: int32 [B or 1, H or 1, Q], key tiles seen by each query tile (0 is allowed).
+        partial: int32, the shape of ``counts``: how many of them, first in the list, need a mask inside the tile,
+            because the tile sticks out of the grid or ``window`` cuts it.
+        indices: int32 [B or 1, H or 1, Q, M], the key tiles, partial ones first, each part ascending; entries from
+            ``counts`` on are unspecified but in range.
+        prefix: text tokens before the grid.
+        suffix: text tokens after the grid.
+        window: exact rule inside partial tiles; None keeps every pair of a listed tile.
+    """
+
+    tiles: TileGrid
+    counts: Tensor
+    partial: Tensor
+    indices: Tensor
+    prefix: int = 0
+    suffix: int = 0
+    window: AxisWindows | None = None
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 4 or self.indices.shape[2] != self.tiles.num_tiles:
+            raise ValueError(
+                f"indices must have shape [batch or 1, heads or 1, {self.tiles.num_tiles} query tiles, kept], "
+                f"got {list(self.indices.shape)}."
+            )
+        if self.counts.shape != self.indices.shape[:3] or self.partial.shape != self.counts.shape:
+            raise ValueError(
+                f"counts and partial must have shape {list(self.indices.shape[:3])}, "
+                f"got {list(self.counts.shape)} and {list(self.partial.shape)}."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prefix + self.tiles.num_tokens + self.suffix
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan with its tensors on ``device``."""
+        window = self.window and replace(self.window, bounds=self.window.bounds.to(device))
+        return replace(
+            self,
+            counts=self.counts.to(device),
+            partial=self.partial.to(device),
+            indices=self.indices.to(device),
+            window=window,
+        )
+
+    def tile_mask(self) -> Tensor:
+        """Which key tiles each query tile sees, bool [B or 1, H or 1, Q, Q]."""
+        slots = torch.arange(self.indices.shape[-1], device=self.device)
+        used = slots < self.counts[..., None]
+        mask = torch.zeros(*self.counts.shape, self.tiles.num_tiles, dtype=torch.int32, device=self.device)
+        return mask.scatter_add_(-1, self.indices.long(), used.int()) > 0
+
+    @cached_property
+    def visual_density(self) -> float:
+        """Share of the grid's query-key pairs inside listed tiles (what is computed), text left out."""
+        sizes = self.tiles.tile_tokens().to(self.device, torch.float64)
+        pairs = torch.einsum("bhqk,q,k->bh", self.tile_mask().double(), sizes, sizes)
+        return float(pairs.mean()) / self.tiles.num_tokens**2
+
+    @property
+    def density(self) -> float:
+        """Share of all query-key pairs that are computed, text rows and columns included."""
+        grid, text = self.tiles.num_tokens, self.prefix + self.suffix
+        return (self.visual_density * grid**2 + 2 * grid * text + text**2) / self.num_tokens**2
