@@ -1,0 +1,1 @@
+../../../dit_accel/kernels/__init__.py
