@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
 from dit_accel.layout import TokenLayout
+
+# Boxes of 128 tokens that a per-axis rule is cut into; earlier ones win ties.
+BOXES: tuple[Triple, ...] = ((1, 8, 16), (1, 16, 8), (2, 8, 8), (4, 4, 8), (4, 8, 4), (8, 4, 4), (1, 1, 128))
 
 
 def plan_from_tile_mask(
@@ -63,15 +67,44 @@ def plan_from_windows(layout: TokenLayout, tiles: TileGrid, windows: AxisWindows
     return plan_from_tile_mask(layout, tiles, keep, whole, None if bool((whole == keep).all()) else windows)
 
 
+def best_boxes(layout: TokenLayout, windows: AxisWindows) -> TileGrid:
+    """The grid cut into those of ``BOXES`` with which ``windows`` touches the fewest tile pairs.
+
+    Tile pairs are what a kernel pays for, so boxes that stick far out of the grid count in full.
+    """
+
+    def touched_pairs(tiles: TileGrid) -> float:
+        ones = [torch.ones(count) for count in tiles.tiles]
+        return _touched_share(tiles, windows, ones) * tiles.num_tiles**2
+
+    return min((layout.boxes(box) for box in BOXES), key=touched_pairs)
+
+
+def windows_density(tiles: TileGrid, windows: AxisWindows) -> float:
+    """Share of the grid's pairs in tiles that ``windows`` touches; with tiles of one token, of the pairs it keeps."""
+    return _touched_share(tiles, windows, [tiles.axis_sizes(axis) for axis in range(3)])
+
+
+def _touched_share(tiles: TileGrid, windows: AxisWindows, weights: list[Tensor]) -> float:
+    """Share of tile pairs that ``windows`` touches, a tile weighing the product of its ``weights`` per axis."""
+    kept = missed = 1.0
+    for mask, step, weight in zip(windows.axis_masks(tiles.grid), tiles.tile, weights, strict=True):
+        touched, _ = _axis_tiles(mask, step)
+        weight = weight.double()
+        share = float(weight @ touched.double() @ weight / weight.sum() ** 2)
+        kept, missed = kept * share, missed * (1 - share)
+    return 1 - missed if windows.union else kept
+
+
 def _axis_tiles(mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """From coordinates to tiles of one axis: does any pair of a tile pair pass, do all of them?"""
-    size = mask.shape[0]
-    count = -(-size // step)
-    tile = torch.arange(size, device=mask.device) // step
-    pairs = torch.zeros(count, count, dtype=torch.float32, device=mask.device)
-    pairs.index_put_((tile[:, None].expand_as(mask), tile[None, :].expand_as(mask)), mask.float(), accumulate=True)
-    sizes = torch.bincount(tile, minlength=count).float()
-    return pairs > 0, pairs == sizes[:, None] * sizes[None, :]
+    count = -(-mask.shape[0] // step)
+    beyond = count * step - mask.shape[0]
+
+    def tiled(fill: bool) -> Tensor:
+        return F.pad(mask, (0, beyond, 0, beyond), value=fill).reshape(count, step, count, step)
+
+    return tiled(False).any(3).any(1), tiled(True).all(3).all(1)
 
 
 def _combine_axes(axes: list[Tensor], union: bool) -> Tensor:

@@ -1,0 +1,1 @@
+"""Block-sparse attention over boxes of a token grid."""

@@ -91,9 +91,7 @@ class AxisWindows:
             first, last = self.bounds[offset : offset + size].long().unbind(1)
             query = torch.arange(size, device=self.bounds.device)
             key = query[None, :]
-            masks.append(
-                (key >= first[:, None]) & (key <= last[:, None]) & ((key - query[:, None]) % step == 0)
-            )
+            masks.append((key >= first[:, None]) & (key <= last[:, None]) & ((key - query[:, None]) % step == 0))
             offset += size
         return masks[0], masks[1], masks[2]
 
@@ -158,10 +156,16 @@ class BlockPlan:
 
     def tile_mask(self) -> Tensor:
         """Which key tiles each query tile sees, bool [B or 1, H or 1, Q, Q]."""
+        return self._first_listed(self.counts)
+
+    def partial_mask(self) -> Tensor:
+        """Which of them need a mask inside the tile, bool [B or 1, H or 1, Q, Q]."""
+        return self._first_listed(self.partial)
+
+    def _first_listed(self, counts: Tensor) -> Tensor:
         slots = torch.arange(self.indices.shape[-1], device=self.device)
-        used = slots < self.counts[..., None]
-        mask = torch.zeros(*self.counts.shape, self.tiles.num_tiles, dtype=torch.int32, device=self.device)
-        return mask.scatter_add_(-1, self.indices.long(), used.int()) > 0
+        mask = torch.zeros(*counts.shape, self.tiles.num_tiles, dtype=torch.int32, device=self.device)
+        return mask.scatter_add_(-1, self.indices.long(), (slots < counts[..., None]).int()) > 0
 
     @cached_property
     def visual_density(self) -> float:
