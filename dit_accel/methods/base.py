@@ -87,7 +87,8 @@ class AttnMethod(ABC):
 
 
 def largest_within(target: float, candidates: int, density_of: Callable[[int], float]) -> int:
-    """The last of ``candidates`` (ordered by density, 0 the least) whose density stays within ``target``, else 0."""
+    """The last of ``candidates`` (ordered by density) whose density stays within ``target``, or within the first's."""
+    target = max(target, density_of(0))
     low, high = 0, candidates - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -98,3 +99,12 @@ def largest_within(target: float, candidates: int, density_of: Callable[[int], f
     return low
 
 
+def check_triple(name: str, value: object, *, also: int | None = None) -> None:
+    """Refuse anything but three sizes of at least 1, one per axis; ``also`` is one more value to allow."""
+    if not (
+        isinstance(value, tuple)
+        and len(value) == 3
+        and all(isinstance(size, int) and (size >= 1 or size == also) for size in value)
+    ):
+        least = "at least 1" if also is None else f"at least 1 or {also}"
+        raise ValueError(f"{name} must be three integers of {least} (frame, row, column), got {value!r}.")
