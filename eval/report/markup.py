@@ -1,0 +1,34 @@
+"""HTML that is escaped unless it says that it is markup."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from importlib.resources import files
+from string import Template
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def element(tag: str, content: object = "", **attributes: object) -> Html:
+    """``<tag attributes>content</tag>``; a trailing underscore of an attribute name is dropped, others become "-"."""
+    named = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items()
+    )
+    return Html(f"<{tag}{named}>{_escape(content)}</{tag}>")
+
+
+def join(parts: Iterable[Html]) -> Html:
+    return Html("\n".join(parts))
+
+
+def fill(template: str, **values: object) -> Html:
+    """The package's HTML file ``template`` with its ``$names`` replaced."""
+    text = files("dit_accel.eval.report").joinpath(template).read_text(encoding="utf-8")
+    return Html(Template(text).substitute({name: _escape(value) for name, value in values.items()}))
+
+
+def _escape(value: object) -> str:
+    return value if isinstance(value, Html) else html.escape(str(value))
