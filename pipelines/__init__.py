@@ -1,0 +1,1 @@
+"""What a model is: families of denoisers, their specs, and published settings."""

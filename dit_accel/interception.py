@@ -1,0 +1,222 @@
+"""How diffusers' attention is entered: wrapped processors that select one private attention backend.
+
+The only file, with state.py, that knows names diffusers keeps private. A wrapped processor is a subclass of the stock
+one with its projections, norms and position embeddings; it only marks which layer is running and asks for the private
+backend, which gives the call to that layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
+
+
+class AttentionCall(NamedTuple):
+    """One attention call as diffusers makes it: tensors [B, L, H, D], the mask as the model built it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+
+
+Attend = Callable[["Layer", AttentionCall], Tensor]
+
+
+class Layer:
+    """One targeted attention module.
+
+    Args:
+        block: index of its transformer block, double-stream blocks before single-stream ones.
+        attend: what answers its calls.
+        dense_backend: the attention backend the user chose for it, None for diffusers' active one.
+    """
+
+    def __init__(self, block: int, attend: Attend, dense_backend: AttentionBackendName | None) -> None:
+        self.block = block
+        self.attend = attend
+        self.dense_backend = dense_backend
+        number = next(_NUMBERS)
+        _LAYERS[number] = self
+        # A tensor, because a compiled block is specialised on Python integers: one graph per layer.
+        self.number = torch.tensor(number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        return Layer(self.block, deepcopy(self.attend, memo), self.dense_backend)
+
+    def dense(self, call: AttentionCall) -> Tensor:
+        """The call as diffusers would have made it."""
+        query, key, value, mask, scale = call
+        out: Tensor = dispatch_attention_fn(query, key, value, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        return out
+
+
+_NUMBERS = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+class _Running(threading.local):
+    """The layer whose processor is running in this thread."""
+
+    def __init__(self) -> None:
+        self.layer: Layer | None = None
+
+
+_RUNNING = _Running()
+
+
+def _private_backend_name(name: str) -> AttentionBackendName:
+    """A member that passes isinstance() and is in none of the enum's maps, so that nobody selects it by name."""
+    member = str.__new__(AttentionBackendName, name)
+    member._name_ = name.upper()
+    member._value_ = name
+    return member
+
+
+_BACKEND = _private_backend_name("dit_accel")
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    layer = _RUNNING.layer
+    assert layer is not None, "only wrapped processors select this backend"
+    if dropout_p or is_causal or enable_gqa or _parallel_config is not None:
+        raise ValueError(
+            "dit_accel runs attention without dropout, causal mask, grouped queries and context parallelism, "
+            f"got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa} and "
+            f"{'a' if _parallel_config is not None else 'no'} parallel config; "
+            "call dit_accel.restore on the model to use them."
+        )
+    if torch.compiler.is_compiling():
+        out: Tensor = _attend_op(query, key, value, layer.number, attn_mask, scale)
+        return out
+    return layer.attend(layer, AttentionCall(query, key, value, attn_mask, scale))
+
+
+_AttentionBackendRegistry.register(_BACKEND)(_attention)
+
+
+@torch.library.custom_op("dit_accel::attend", mutates_args=())
+def _attend_op(
+    query: Tensor, key: Tensor, value: Tensor, layer: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """The same call inside a compiled graph, where Python state may not be read."""
+    running = _LAYERS[int(layer)]
+    return running.attend(running, AttentionCall(query, key, value, mask, scale)).contiguous()
+
+
+@_attend_op.register_fake
+def _attend_shape(
+    query: Tensor, key: Tensor, value: Tensor, layer: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@functools.cache
+def _wrapped_class(base: Any) -> Any:
+    """One subclass per processor class, so that all layers of a model share their compiled graph."""
+
+    @functools.wraps(base.__call__)  # diffusers drops keywords that the signature does not name
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, _RUNNING.layer = _RUNNING.layer, self._dit_accel_layer
+        try:
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            _RUNNING.layer = outer
+
+    def set_dense_backend(self: Any, name: AttentionBackendName | None) -> None:
+        if name is not _BACKEND:  # written back by code that saves and restores the attribute
+            self._dit_accel_layer.dense_backend = name
+
+    backend = property(lambda self: _BACKEND, set_dense_backend)
+    wrapped = type(f"Wrapped{base.__name__}", (base,), {"__call__": call, "_attention_backend": backend})
+    with contextlib.suppress(ValueError):  # diffusers may have no entry for the stock class either
+        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(base))
+    return wrapped
+
+
+def _wrap(processor: Any, layer: Layer) -> Any:
+    wrapped = object.__new__(_wrapped_class(processor.__class__))
+    wrapped.__dict__.update(processor.__dict__)
+    wrapped.__dict__.pop("_attention_backend", None)
+    wrapped._dit_accel_layer = layer
+    wrapped._dit_accel_stock = processor
+    return wrapped
+
+
+def _targets(model: nn.Module, patterns: tuple[str, ...]) -> list[Any]:
+    """The attention modules whose whole name matches, in the order of the patterns, then of the model."""
+    names = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()]
+    return [module for pattern in patterns for name, module in names if re.fullmatch(pattern, name)]
+
+
+def _wrapped_modules(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if hasattr(getattr(module, "processor", None), "_dit_accel_layer"))
+
+
+def check_targets(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Raise a ValueError unless every target of ``model`` can be wrapped; changes nothing."""
+    targets = _targets(model, patterns)
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no attention module named like {' or '.join(patterns)}.")
+    for processor in (module.processor for module in targets):
+        name = type(processor).__name__
+        if isinstance(processor, nn.Module):
+            raise ValueError(
+                f"{type(model).__name__} carries the processor {name} with weights of its own; "
+                "unload the IP-Adapter before applying a method."
+            )
+        code = inspect.unwrap(type(processor).__call__).__code__
+        if "dispatch_attention_fn" not in code.co_names:
+            raise ValueError(
+                f"{type(model).__name__} carries the processor {name}, which does not call diffusers' "
+                "dispatch_attention_fn; set the stock processors before applying a method."
+            )
+        if getattr(processor, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} has context parallelism enabled, which no method supports; "
+                "load the model without it before applying a method."
+            )
+
+
+def install(model: nn.Module, patterns: tuple[str, ...], attend: Attend) -> None:
+    """Put a wrapped processor on every target; their calls go to ``attend``."""
+    for block, module in enumerate(_targets(model, patterns)):
+        processor = module.processor
+        module.processor = _wrap(processor, Layer(block, attend, getattr(processor, "_attention_backend", None)))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Put the stock processors back, the very same objects, with the dense backend that the user chose meanwhile."""
+    for module in _wrapped_modules(model):
+        stock, layer = module.processor._dit_accel_stock, module.processor._dit_accel_layer
+        if layer.dense_backend is not getattr(stock, "_attention_backend", None):
+            stock._attention_backend = layer.dense_backend
+        module.processor = stock

@@ -1,0 +1,128 @@
+"""Putting a method into a pipeline and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from dit_accel.interception import check_targets
+from dit_accel.kernels import BACKENDS
+from dit_accel.kernels.block_sparse.api import Backend
+from dit_accel.methods import METHODS, make_method
+from dit_accel.methods.base import AttnMethod
+from dit_accel.pipelines.families import denoisers_of
+from dit_accel.runtime import Denoiser, Tally, check_schedule, denoiser_of, planner
+from dit_accel.state import DenoisingState, Schedule
+
+
+class Handle:
+    """A method applied to the denoisers of a pipeline; as a context manager it restores them at the end.
+
+    Args:
+        method: what was applied.
+        tally: the attention calls intercepted since then.
+    """
+
+    def __init__(self, method: AttnMethod, tallies: list[Tally], denoisers: list[tuple[nn.Module, Denoiser]]) -> None:
+        self.method = method
+        self.tally = tallies[0]
+        self._tallies = tallies
+        self._denoisers = denoisers
+
+    @property
+    def states(self) -> tuple[DenoisingState, ...]:
+        """What each denoiser is doing, in the pipeline's order."""
+        return tuple(denoiser.state for _, denoiser in self._denoisers)
+
+    @contextmanager
+    def timing(self) -> Iterator[Tally]:
+        """A tally of the calls within, timed: ``attention_seconds``, ``calls``, ``density``.
+
+        On a GPU nothing waits until ``attention_seconds`` is read.
+        """
+        tally = Tally(timed=True)
+        self._tallies.append(tally)
+        try:
+            yield tally
+        finally:
+            self._tallies[:] = [other for other in self._tallies if other is not tally]
+
+    def restore(self) -> None:
+        """Give the denoisers their stock attention back, unless another method has replaced this one meanwhile."""
+        for model, denoiser in self._denoisers:
+            if denoiser_of(model) is denoiser:
+                denoiser.detach(model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def apply(pipe_or_model: Any, method: str | AttnMethod, *, backend: Backend = "auto", **options: Any) -> Handle:
+    """Run a pipeline's self- or joint-attention by ``method``, in all its denoisers; replaces what was applied before.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, or a denoiser alone, which knows no denoising steps.
+        method: a method's name, or a processor object.
+        backend: of the operator: "auto" (default), "triton", "torch" or "reference".
+        options: the method's options, with a name.
+
+    Returns:
+        A handle that restores and counts.
+
+    Raises:
+        ValueError: an unknown method or option, no supported denoiser, attention that cannot be entered, or a schedule
+            for a model without its pipeline.
+    """
+    method = make_method(method, **options)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}.")
+    is_model = isinstance(pipe_or_model, nn.Module)
+    schedule = Schedule(None if is_model else pipe_or_model)
+    check_schedule(method, schedule)
+    models = denoisers_of(pipe_or_model)
+    for model, family in models:
+        check_targets(model, family.targets)
+    restore(pipe_or_model)
+    tallies, plans = [Tally()], planner(method)
+    denoisers = [(model, Denoiser(method, family, plans, backend, schedule, tallies)) for model, family in models]
+    for model, denoiser in denoisers:
+        denoiser.attach(model)
+    return Handle(method, tallies, denoisers)
+
+
+def restore(pipe_or_model: Any) -> None:
+    """Give every denoiser its stock attention back, bit-identical to never having applied a method."""
+    for model, _ in denoisers_of(pipe_or_model):
+        denoiser = denoiser_of(model)
+        if denoiser is not None:
+            denoiser.detach(model)
+
+
+def set_attn_processor(pipe: Any, processor: str | AttnMethod | None) -> None:
+    """The verb that diffusers' models have, for pipelines: ``apply`` with default options, or ``restore`` for None.
+
+    Args:
+        pipe: a diffusers pipeline.
+        processor: a method's name, a processor object, or None.
+
+    Raises:
+        ValueError: anything else, and what ``apply`` refuses.
+    """
+    if processor is None:
+        restore(pipe)
+    elif (isinstance(processor, str) and processor in METHODS) or isinstance(processor, AttnMethod):
+        apply(pipe, processor)
+    else:
+        raise ValueError(
+            f"set_attn_processor takes a method's name ({', '.join(METHODS)}), a dit_accel processor object or None to "
+            f"restore, got {processor!r}."
+        )

@@ -1,0 +1,103 @@
+"""Published settings of methods, named after where they were published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_accel.methods import make_method
+from dit_accel.methods.base import AttnMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One method's options for one model, and the run they were published for.
+
+    Args:
+        source: who published them.
+        height, width, num_frames, steps: the run.
+        options: the method's options; ``start_percent`` is dense steps / steps.
+    """
+
+    source: str
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_RADIAL = {"tile_rule": "strict", "first_distance": "full"}
+
+PRESETS: dict[tuple[str, str], Preset] = {
+    ("wan2.1-14b", "radial"): Preset(
+        source="radial-attention scripts, Wan2.1-14B",
+        height=768,
+        width=1280,
+        num_frames=69,
+        steps=50,
+        options=_RADIAL | {"decay": 0.2, "dense_blocks": 1, "start_percent": 12 / 50},
+    ),
+    ("wan2.2-a14b", "radial"): Preset(
+        source="radial-attention scripts, Wan2.2-A14B",
+        height=768,
+        width=1280,
+        num_frames=77,
+        steps=40,
+        options=_RADIAL | {"decay": 0.8, "tile": 64, "dense_blocks": 1, "start_percent": 11 / 40},
+    ),
+    ("hunyuanvideo", "radial"): Preset(
+        source="radial-attention scripts, HunyuanVideo",
+        height=768,
+        width=1280,
+        num_frames=117,
+        steps=50,
+        options=_RADIAL | {"decay": 0.95, "sink": False, "start_percent": 12 / 50},
+    ),
+    ("hunyuanvideo", "neighborhood"): Preset(
+        source="Generalized Neighborhood Attention paper, HunyuanVideo, 91 % sparse",
+        height=768,
+        width=1280,
+        num_frames=117,
+        steps=50,
+        options={"window": (18, 24, 24), "stride": (16, 8, 8), "start_percent": 15 / 50},
+    ),
+    ("flux.1-dev", "neighborhood"): Preset(
+        source="Generalized Neighborhood Attention paper, FLUX.1-dev 4K",
+        height=4096,
+        width=4096,
+        num_frames=1,
+        steps=28,
+        options={"window": (1, 80, 80), "stride": (1, 16, 16), "start_percent": 9 / 28},
+    ),
+    ("hunyuanvideo", "grat"): Preset(
+        source="GRAT script, HunyuanVideo (GRAT-X; there with 128 frames)",
+        height=768,
+        width=1280,
+        num_frames=125,
+        steps=30,
+        options={"pattern": "X", "group": (4, 8, 8)},
+    ),
+    ("flux.1-dev", "grat"): Preset(
+        source="GRAT paper, FLUX.1-dev 8192x8192 (GRAT-X)",
+        height=8192,
+        width=8192,
+        num_frames=1,
+        steps=28,
+        options={"pattern": "X", "group": (1, 16, 16)},
+    ),
+}
+
+
+def find_preset(model: str, method: str) -> Preset:
+    """The preset of a model and a method; a ValueError lists those of the model."""
+    if (model, method) not in PRESETS:
+        known = ", ".join(name for owner, name in PRESETS if owner == model) or "none"
+        raise ValueError(f"{model} has no preset for {method!r}; it has {known}, and every method takes density=.")
+    return PRESETS[model, method]
+
+
+def preset_method(model: str, method: str, **changes: Any) -> AttnMethod:
+    """The method with its preset options, some of them changed."""
+    return make_method(method, **(dict(find_preset(model, method).options) | changes))

@@ -1,0 +1,225 @@
+"""Tiny random denoisers and pipelines of every family, built from code alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Tensor, nn
+
+from dit_accel.kernels import BlockPlan
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import AttnMethod
+from dit_accel.plan import plan_from_tile_mask
+
+FAMILIES = ("wan", "hunyuan_video", "flux")
+TARGETS = 2  # targeted attention modules of each model
+TEXT_TOKENS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles(AttnMethod):
+    """Every tile, or each query tile's own."""
+
+    name: ClassVar[str] = "tiles"
+
+    everything: bool = True
+
+    def plan(self, layout: TokenLayout) -> BlockPlan:
+        tiles = layout.boxes((2, 2, 3))
+        keep = torch.eye(tiles.num_tiles) > 0
+        return plan_from_tile_mask(layout, tiles, torch.ones_like(keep) if self.everything else keep)
+
+    def ideal_density(self, layout: TokenLayout) -> float:
+        return self.plan(layout).visual_density
+
+
+def wan_model(layers: int = 2, **config: Any) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+        **config,
+    ).eval()
+
+
+def hunyuan_video_model(layers: int = 1, **config: Any) -> HunyuanVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=layers,
+        num_single_layers=layers,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 6, 8),
+        **config,
+    ).eval()
+
+
+def flux_model(layers: int = 1) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=layers,
+        num_single_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+
+
+MODELS = {"wan": wan_model, "hunyuan_video": hunyuan_video_model, "flux": flux_model}
+# Latent grids after patchify, (frames, rows, columns), none of them square.
+GRIDS = {"wan": (3, 4, 5), "hunyuan_video": (3, 4, 5), "flux": (1, 6, 5)}
+
+
+def model(family: str, **config: Any) -> Any:
+    return MODELS[family](**config)
+
+
+def position_ids(rows: int, columns: int) -> Tensor:
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    return grid.reshape(-1, 3)
+
+
+def inputs(family: str, batch: int = 1, grid: tuple[int, int, int] | None = None) -> dict[str, Any]:
+    """Arguments of one call of the tiny denoiser; its tokens have ``grid``."""
+    make = torch.Generator().manual_seed(1)
+    frames, rows, columns = grid or GRIDS[family]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make)
+
+    if family == "flux":
+        return {
+            "hidden_states": noise(batch, rows * columns, 4),
+            "encoder_hidden_states": noise(batch, TEXT_TOKENS, 32),
+            "pooled_projections": noise(batch, 32),
+            "timestep": torch.full((batch,), 0.5),
+            "img_ids": position_ids(rows, columns),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+            "return_dict": False,
+        }
+    shared = {
+        "hidden_states": noise(batch, 4, frames, 2 * rows, 2 * columns),
+        "timestep": torch.full((batch,), 5.0),
+        "encoder_hidden_states": noise(batch, TEXT_TOKENS, 16),
+        "return_dict": False,
+    }
+    if family == "wan":
+        return shared
+    valid = torch.tensor([4, 2, 6])[:batch]
+    return shared | {
+        "encoder_attention_mask": (torch.arange(TEXT_TOKENS) < valid[:, None]).long(),
+        "pooled_projections": noise(batch, 8),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def forward(denoiser: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = denoiser(**arguments)[0]
+    return output
+
+
+def wan_pipeline(two: bool = False) -> WanPipeline:
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=wan_model(),
+        transformer_2=wan_model() if two else None,
+        boundary_ratio=0.9 if two else None,
+    )
+
+
+def hunyuan_video_pipeline() -> HunyuanVideoPipeline:
+    return HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=hunyuan_video_model(),
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+def flux_pipeline() -> FluxPipeline:
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=flux_model(),
+    )
+
+
+PIPELINES = {"wan": wan_pipeline, "hunyuan_video": hunyuan_video_pipeline, "flux": flux_pipeline}
+
+
+def pipeline(family: str, **options: Any) -> Any:
+    pipe = PIPELINES[family](**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: Any, steps: int = 4, height: int = 64, width: int = 80, frames: int = 9, **changes: Any) -> Tensor:
+    """Latents of one seeded run with guidance in two calls per step."""
+    make = torch.Generator().manual_seed(2)
+    texts, pooled = torch.randn(2, 1, TEXT_TOKENS, 32, generator=make), torch.randn(2, 1, 32, generator=make)
+    arguments: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "return_dict": False,
+        "generator": torch.Generator().manual_seed(3),
+    }
+    if isinstance(pipe, FluxPipeline):
+        arguments |= {"true_cfg_scale": 2.0, "pooled_prompt_embeds": pooled[0]}
+        arguments |= {"negative_pooled_prompt_embeds": pooled[1]}
+    else:
+        arguments["num_frames"] = frames
+        texts = texts[..., :16]
+    if isinstance(pipe, HunyuanVideoPipeline):
+        valid = (torch.arange(TEXT_TOKENS) < 4).float()[None]
+        arguments |= {"true_cfg_scale": 2.0, "prompt_attention_mask": valid, "negative_prompt_attention_mask": valid}
+        arguments |= {"pooled_prompt_embeds": pooled[0, :, :8], "negative_pooled_prompt_embeds": pooled[1, :, :8]}
+    arguments |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+    output: Tensor = pipe(**(arguments | changes))[0]
+    return output
