@@ -1,0 +1,1 @@
+"""Subcommands of `dit-accel`, one module each."""

@@ -1,0 +1,260 @@
+"""`dit-accel compare`: the same prompt and seed under dense attention and under sparse methods, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dit_accel.commands.arguments import add_run, parse_method
+from dit_accel.commands.models import Frames, Generation, Model, Request, generate, load, warm_up
+from dit_accel.eval.media import SheetRow, contact_sheet, write_mp4
+from dit_accel.eval.quality import METRICS, Metric, Score, measure
+from dit_accel.eval.records import Job, Record, RecordWriter, Timings, make_record, read_records
+from dit_accel.eval.report import MethodResult, ReportData, format_table, summary, tile_picture, write_report
+from dit_accel.kernels.block_sparse.reference import token_mask
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import AttnMethod
+
+DEFAULT_METHODS = ("radial", "neighborhood", "grat")
+FPS = 12.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of the comparison: its name on pages and in files, and the job that identifies its record."""
+
+    label: str
+    method: AttnMethod
+    job: Job
+
+    @property
+    def stem(self) -> str:
+        return f"{self.method.name}-{self.job.key[:6]}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME or NAME(option=value, ...)",
+        help=f"repeat for several (default: {', '.join(DEFAULT_METHODS)}, with the model's presets)",
+    )
+    parser.add_argument("--density", type=float, help="for every method, in place of its own settings, in (0, 1]")
+    parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder (default outputs/compare)")
+
+
+def run(options: argparse.Namespace) -> int:
+    names = ["dense", *(options.method or DEFAULT_METHODS)]
+    methods = [
+        parse_method(name, options.model, None if name == "dense" else options.density) for name in dict.fromkeys(names)
+    ]
+    writer = _writer(options.output)
+    model = load(options.model, options.device, options.dtype)
+    request = model.request(options)
+    layout = model.layout(request)
+    for method in methods:  # a method that cannot serve this size fails here, before any step
+        method.plan(layout)
+    entries = [_entry(method, model, request, options) for method in methods]
+    print(f"{model.name}: {request.prompt!r}, {_size(request)}, {layout.num_tokens:,} tokens, on {model.device}")
+    try:
+        frames = [_frames(entry, entries[0], model, request, options, writer) for entry in entries]
+    except KeyboardInterrupt:
+        done = sum(writer.finished(entry.job.key) for entry in entries)
+        print(f"\nstopped: {done} of {len(entries)} records are in {writer.path}; run the same command to go on.")
+        return 130
+    records = {record["id"]: record for record in read_records(writer.path)}
+    _write_pages(options.output, model, entries, [records[entry.job.key] for entry in entries], frames, layout, request)
+    return 0
+
+
+def _writer(folder: Path) -> RecordWriter:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "clips").mkdir(exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"the output folder {folder} cannot be written ({reason}); pass another --output.") from error
+    return RecordWriter(folder / "records.jsonl")
+
+
+def _entry(method: AttnMethod, model: Model, request: Request, options: argparse.Namespace) -> Entry:
+    settings = method.options()
+    run_settings = {"dtype": str(model.pipe.transformer.dtype), "backend": options.backend, "device": str(model.device)}
+    job = Job(
+        method=method.name,
+        model=model.name,
+        prompt=request.prompt,
+        seed=request.seed,
+        size=(request.num_frames, request.height, request.width),
+        steps=request.steps,
+        guidance=request.guidance,
+        options=settings | run_settings,
+    )
+    inner = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return Entry(f"{method.name}({inner})" if inner else method.name, method, job)
+
+
+def _frames(
+    entry: Entry, dense: Entry, model: Model, request: Request, options: argparse.Namespace, writer: RecordWriter
+) -> Frames:
+    """The entry's frames, generated and recorded now, or kept from the run that this one goes on with."""
+    clip = options.output / "clips" / f"{entry.stem}.npz"
+    if writer.finished(entry.job.key) and clip.exists():
+        tqdm.write(f"{entry.label}: taken from {writer.path}")
+        return _read(clip)
+    seconds = warm_up(model, request, entry.method, options.backend)
+    generation = generate(model, request, entry.method, options.backend)
+    np.savez_compressed(clip, frames=(generation.frames * 255).round().astype(np.uint8))
+    frames = _read(clip)
+    reference = None if entry is dense else _read(options.output / "clips" / f"{dense.stem}.npz")
+    judge = model.judge(request.prompt)
+    metrics: list[str | Metric] = [*METRICS, judge] if judge else [*METRICS]
+    quality = measure(frames, reference, metrics)
+    if judge is None:
+        quality["prompt_accuracy"] = Score(None, skipped="the model brings no verifier that can read this prompt.")
+    layout = model.layout(request)
+    plan = entry.method.plan(layout)
+    ideal, text, grid = entry.method.ideal_density(layout), layout.text_tokens, layout.visual_tokens
+    writer.append(
+        make_record(
+            entry.job,
+            timings=_timings(generation, seconds),
+            quality=quality,
+            densities={
+                "executed": 1.0 if plan is None else plan.density,
+                "ideal": (ideal * grid**2 + 2 * grid * text + text**2) / layout.num_tokens**2,
+                "run": generation.density,
+            },
+            baseline=None if entry is dense else dense.job.key,
+        )
+    )
+    return frames
+
+
+def _timings(generation: Generation, warmup: float) -> Timings:
+    timings = Timings(
+        denoise=generation.denoise,
+        denoise_iqr=0.0,
+        attention=generation.attention,
+        total=generation.total,
+        warmup=warmup,
+        steps=list(generation.step_seconds),
+        runs=1,
+        warmup_runs=1,
+    )
+    if generation.peak_memory is not None:
+        timings["peak_memory_bytes"] = generation.peak_memory
+    return timings
+
+
+def _read(clip: Path) -> Frames:
+    with np.load(clip) as stored:
+        return np.asarray(stored["frames"])
+
+
+def _write_pages(
+    folder: Path,
+    model: Model,
+    entries: Sequence[Entry],
+    records: Sequence[Record],
+    frames: Sequence[Frames],
+    layout: TokenLayout,
+    request: Request,
+) -> None:
+    rows, results = [], []
+    for entry, record, clip in zip(entries, records, frames, strict=True):
+        row = summary(record, records[0], entry.label)
+        rows.append(row)
+        note = "\n".join(f"{name} {row[name]}" for name in ("denoise", "speed-up", "PSNR", "prompt accuracy"))
+        results.append(
+            (
+                SheetRow(entry.label, note, clip),
+                MethodResult(
+                    record=record,
+                    frames=clip,
+                    label=entry.label,
+                    script=_script(entry, request, model),
+                    command=_command(entry, request, model),
+                    tile_picture=_picture(entry.method, layout),
+                ),
+            )
+        )
+        if len(clip) > 1:
+            write_mp4(folder / "clips" / f"{entry.stem}.mp4", clip, FPS)
+        else:
+            Image.fromarray(clip[0]).save(folder / "clips" / f"{entry.stem}.png")
+    contact_sheet([sheet for sheet, _ in results]).save(folder / "sheet.png")
+    notes = _notes(records)
+    page = write_report(folder, ReportData([result for _, result in results], layout.num_tokens, FPS, notes))
+    print(f"\n{format_table(rows)}\n")
+    for note in notes:
+        print(note)
+    print(f"page: {page}\nsheet: {folder / 'sheet.png'}\nrecords: {folder / 'records.jsonl'}")
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    """What a reader of the table must know."""
+    slower = [
+        record["method"] for record in records[1:] if record["timings"]["denoise"] > records[0]["timings"]["denoise"]
+    ]
+    return [f"{', '.join(slower)} took longer than dense here: use dense at this size."] if slower else []
+
+
+def _picture(method: AttnMethod, layout: TokenLayout) -> Image.Image | None:
+    """What the query in the middle of the grid sees."""
+    plan = method.plan(layout)
+    if plan is None:
+        return None
+    frame, row, column = (size // 2 for size in layout.grid)
+    position = layout.prefix + (frame * layout.grid[1] + row) * layout.grid[2] + column
+    seen = token_mask(plan, torch.tensor([position]))[0, :, 0].float().mean(0)
+    grid = seen[layout.prefix : layout.prefix + layout.visual_tokens].reshape(layout.grid)
+    return tile_picture(grid.numpy(), (frame, row, column))
+
+
+def _script(entry: Entry, request: Request, model: Model) -> str:
+    options = "".join(f", {name}={value!r}" for name, value in entry.method.options().items())
+    frames = f", num_frames={request.num_frames}" if request.num_frames > 1 else ""
+    loading = (
+        "from dit_accel.pipelines import shapes\n\npipe = shapes.load()"
+        if model.name == "shapes"
+        else f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({model.name!r})"
+    )
+    return (
+        f"import torch\nimport dit_accel\n{loading}\n"
+        f"dit_accel.apply(pipe, {entry.method.name!r}{options})\n"
+        f"output = pipe({request.prompt!r}, height={request.height}, width={request.width}{frames}, "
+        f"num_inference_steps={request.steps}, guidance_scale={request.guidance:g}, "
+        f"generator=torch.Generator().manual_seed({request.seed}))[0]"
+    )
+
+
+def _command(entry: Entry, request: Request, model: Model) -> str:
+    numbers = {
+        "seed": request.seed,
+        "height": request.height,
+        "width": request.width,
+        "num-frames": request.num_frames,
+        "steps": request.steps,
+        "guidance": f"{request.guidance:g}",
+    }
+    words = ["dit-accel", "generate", "--model", model.name, "--method", entry.label, "--prompt", request.prompt]
+    words += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    return shlex.join(words)
+
+
+def _size(request: Request) -> str:
+    frames = f", {request.num_frames} frames" if request.num_frames > 1 else ""
+    return f"{request.width}x{request.height}{frames}, {request.steps} steps"
