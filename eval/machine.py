@@ -64,5 +64,5 @@ def _cpu_name() -> str:
 
 def _driver_version() -> str:
     info = Path("/proc/driver/nvidia/version")
-    named = re.search(r"Kernel Module\D*([\d.]+)", info.read_text()) if info.exists() else None
+    named = re.search(r"Kernel Module\D.*?\b(\d+\.\d[\d.]*)", info.read_text()) if info.exists() else None
     return named[1] if named else "unknown"

@@ -1,4 +1,4 @@
-"""Published settings of methods, named after where they were published."""
+"""Settings of methods for models, named after where they were published or chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,18 @@ class Preset:
 
 _RADIAL = {"tile_rule": "strict", "first_distance": "full"}
 
+_SHAPES = {"height": 192, "width": 256, "num_frames": 25, "steps": 16}
+
 PRESETS: dict[tuple[str, str], Preset] = {
+    ("shapes", "radial"): Preset(source="chosen here on the embedded pipeline", **_SHAPES, options={"density": 0.35}),
+    ("shapes", "neighborhood"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"window": (7, 12, 16), "stride": (7, 4, 8)},
+    ),
+    ("shapes", "grat"): Preset(
+        source="chosen here on the embedded pipeline", **_SHAPES, options={"pattern": "B", "group": (2, 8, 8)}
+    ),
     ("wan2.1-14b", "radial"): Preset(
         source="radial-attention scripts, Wan2.1-14B",
         height=768,

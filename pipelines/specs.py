@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class ModelSpec:
         denoisers: models that share the steps among them.
         vae: compression per axis (frame, row, column).
         patch: latent positions per token and axis.
+        multiple: pixels that the pipeline wants sides to be a multiple of, where VAE and patch would do with less.
         text_tokens, text_position: text in the self- or joint-attention, padding included.
         cross_tokens: text tokens of its cross-attention, 0 without one.
     """
@@ -47,6 +49,7 @@ class ModelSpec:
     denoisers: int = 1
     vae: Triple = (4, 8, 8)
     patch: Triple = (1, 2, 2)
+    multiple: int = 16
     text_tokens: int = 0
     text_position: TextPosition = "none"
     cross_tokens: int = 0
@@ -75,13 +78,14 @@ class ModelSpec:
         return TokenLayout((frames, rows, columns), self.text_tokens, self.text_position)
 
     def _tokens(self, side: str, pixels: int, axis: int) -> int:
-        step = self.vae[axis] * self.patch[axis]
+        token = self.vae[axis] * self.patch[axis]
+        step = math.lcm(token, self.multiple)
         if pixels < step or pixels % step:
             raise ValueError(
                 f"{self.name} makes sides that are multiples of {step} pixels, got {side}={pixels}; "
                 f"use {max(1, round(pixels / step)) * step}."
             )
-        return pixels // step
+        return pixels // token
 
     def _frames(self, num_frames: int) -> int:
         if self.num_frames == 1:
@@ -146,7 +150,7 @@ SPECS: dict[str, ModelSpec] = {
             height=192,
             width=256,
             num_frames=25,
-            steps=24,
+            steps=16,
             guidance=4.0,
             guidance_calls=2,
             patch=(1, 1, 1),

@@ -185,3 +185,18 @@ def test_difference_map_is_dark_where_equal_and_brighter_with_the_error() -> Non
     assert lightness[0, 0] < lightness[0, 1] < lightness[0, 2] < lightness[0, 3]
     assert (lightness[1:] == lightness[0, 0]).all()
     assert lightness[0, 0] < 60
+
+
+def test_ms_ssim_is_one_for_identical_clips_and_falls_with_noise() -> None:
+    target = clip(frames=2, height=176, width=192)
+    scores = [measure(noisy(target, amount), target, ["ms_ssim"])["ms_ssim"].value for amount in (0.0, 0.05, 0.2)]
+    assert scores[0] == pytest.approx(1, abs=1e-9)
+    assert scores[0] > scores[1] > scores[2]
+
+
+def test_metrics_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = torch.zeros(1, 32, 32, 3)
+    assert "sides of at least 176, got [32, 32]" in str(measure(small, small, ["ms_ssim"])["ms_ssim"].skipped)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    large = torch.zeros(1, 176, 176, 3)
+    assert "pip install 'dit-accel[eval]'" in str(measure(large, large, ["ms_ssim"])["ms_ssim"].skipped)

@@ -258,7 +258,7 @@ def test_spec_flops_are_the_multiplications_of_the_blocks(tiny: ModuleType, fami
         ("wan2.1-14b", {"height": 725}, "multiples of 16 pixels, got height=725; use 720"),
         ("wan2.1-14b", {"num_frames": 80}, r"4k \+ 1 frames, got num_frames=80; use 81"),
         ("hunyuanvideo", {"num_frames": 0}, "use 1"),
-        ("shapes", {"width": 3}, "multiples of 8 pixels, got width=3; use 8"),
+        ("shapes", {"width": 3}, "multiples of 16 pixels, got width=3; use 16"),
         ("flux.1-dev", {"num_frames": 5}, "makes images"),
     ],
     ids=["height", "frames", "no frames", "width", "image"],

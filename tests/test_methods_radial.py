@@ -150,18 +150,20 @@ def test_density_takes_the_densest_mask_of_its_family(grid: Triple, sink: bool) 
     frames, size = grid[0], grid[1] * grid[2]
     position = np.arange(size)
 
+    def thinning(distance: int) -> int:
+        """2^bl(d) over the largest power of two dividing d, as a power of two; 0 for the frame itself."""
+        return distance.bit_length() - (distance & -distance).bit_length() + 1 if distance else 0
+
+    most = max(thinning(distance) for distance in range(frames))
+
     def member(scale: int) -> np.ndarray:
-        """w(d) = c * ell(d) with c = scale / 2^bl(s), thinned to multiples of a power of two."""
+        """w(d) = c * ell(d) with c = scale / 2^bl(s); below zero, distances dropped one level after the other."""
         rows = []
         for i in range(frames):
             row = []
             for j in range(frames):
-                width = scale / 2 ** abs(i - j).bit_length()
-                every = 1
-                while every * width < 128 and abs(i - j) % every == 0 and i != j:
-                    every *= 2
-                near = np.abs(position[:, None] - position[None, :]) <= width
-                kept = near if abs(i - j) % every == 0 else np.zeros_like(near)
+                near = np.abs(position[:, None] - position[None, :]) <= max(scale, 0) / 2 ** abs(i - j).bit_length()
+                kept = near if thinning(abs(i - j)) <= most + min(scale, 0) else np.zeros_like(near)
                 row.append(np.ones_like(near) if sink and j == 0 and frames > 1 else kept)
             rows.append(row)
         return np.block(rows)
@@ -169,7 +171,7 @@ def test_density_takes_the_densest_mask_of_its_family(grid: Triple, sink: bool) 
     layout = TokenLayout(grid)
     sizes = layout.raster(32).tile_tokens().numpy()
     reached = []
-    for scale in range(0, 3000, 7):
+    for scale in [*range(-most, 0), *range(0, 3000, 7)]:
         rule = member(scale)
         pairs = (any_tiles(rule, 32) * np.outer(sizes, sizes)).sum() / layout.visual_tokens**2
         reached.append(pairs)

@@ -6,6 +6,7 @@ import argparse
 import ast
 from typing import Any
 
+from dit_accel.kernels import BACKENDS
 from dit_accel.methods import make_method
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.presets import PRESETS, preset_method
@@ -21,7 +22,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--device", help="cuda where there is a GPU, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, else float32")
-    parser.add_argument("--backend", default="auto", help="of the sparse operator: auto, triton, torch or reference")
+    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="of the sparse operator")
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     method = parse_method(options.method, options.model, options.density)
+    if options.output and not options.output.parent.is_dir():
+        raise ValueError(f"the folder {options.output.parent} of --output does not exist; make it first.")
     model = load(options.model, options.device, options.dtype)
     request = model.request(options)
     method.plan(model.layout(request))
@@ -30,8 +32,6 @@ def run(options: argparse.Namespace) -> int:
     path: Path = options.output or Path(f"output{suffix}")
     if path.suffix != suffix:
         raise ValueError(f"--output must end in {suffix} for {model.name}, got {path.name}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} of --output does not exist; make it first.")
     generation = generate(model, request, method, options.backend)
     if request.num_frames > 1:
         write_mp4(path, generation.frames, FPS)

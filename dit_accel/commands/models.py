@@ -17,6 +17,8 @@ from dit_accel.eval.speed import StepClock, synchronize
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines import shapes
+from dit_accel.pipelines.shapes.scenes import parse_caption
+from dit_accel.pipelines.shapes.verifier import ClipScore, score_clip
 from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plugin import apply
 
@@ -86,7 +88,7 @@ class Model:
         if options.prompt is None and not embedded:
             raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
         request = Request(
-            prompt=options.prompt if options.prompt is not None else shapes.PROMPTS[0],
+            prompt=options.prompt if options.prompt is not None else shapes.EXAMPLE_PROMPTS[0],
             seed=options.seed,
             height=options.height or spec.height,
             width=options.width or spec.width,
@@ -101,9 +103,13 @@ class Model:
 
     def judge(self, prompt: str) -> Metric | None:
         """How much of the prompt a clip shows, where the model brings a verifier that can read it."""
-        if self.name != EMBEDDED or not shapes.is_caption(prompt):
+        if self.name != EMBEDDED:
             return None
-        return prompt_accuracy(lambda clip: shapes.prompt_share(clip, prompt))
+        try:
+            parse_caption(prompt)
+        except ValueError:
+            return None
+        return prompt_accuracy(lambda clip: _share_shown(score_clip(clip.numpy(), prompt)))
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> Model:
@@ -131,7 +137,7 @@ def _load_diffusers(name: str, dtype: torch.dtype) -> Any:
         instead = f"did you mean {near[0]!r}" if near else "use shapes, a pipeline folder or a hub id owner/name"
         raise ValueError(f"there is no model {name!r}; {instead}.")
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -168,6 +174,11 @@ def generate(model: Model, request: Request, method: AttnMethod, backend: Any, p
     )
 
 
+def _share_shown(score: ClipScore) -> float:
+    """Of everything wanted or extra in a clip, the share that is a wanted object with everything right."""
+    return score.objects / (score.wanted + score.extra)
+
+
 def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) -> float:
     """One denoising step at full size with the method on from the first; seconds, kernels and plan included."""
     always = dataclasses.replace(method, start_percent=0.0, end_percent=1.0, dense_blocks=0)
@@ -194,5 +205,5 @@ def _arguments(model: Model, request: Request) -> dict[str, Any]:
     if model.spec.num_frames > 1:
         arguments["num_frames"] = request.num_frames
     if model.name == EMBEDDED:
-        arguments["max_sequence_length"] = shapes.TEXT_TOKENS
+        arguments["max_sequence_length"] = shapes.DEFAULT_TEXT_LENGTH
     return arguments

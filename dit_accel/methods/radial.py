@@ -30,9 +30,9 @@ class RadialAttnProcessor(AttnMethod):
     consecutive tokens of the flattened grid. On an image (one frame) every pair is kept, unless ``density`` is given.
 
     ``density=`` replaces ``decay``, ``first_distance`` and ``tile_rule`` by the family w(d) = c * ell(d) for all
-    d >= 0, thinned to d mod m = 0 with m the smallest power of two not below 128 / (c * ell(d)); c is solved for on
-    the tiles that are computed (rule "any"). Masks of this family are nested, from the diagonal tiles (and the sink)
-    to every pair.
+    d >= 0, without dropping frames; c is solved for on the tiles that are computed (rule "any"). Where c = 0, the
+    tiles that hold k = l, is still too dense, distances are dropped, those with the largest 2^bl(d) / (largest power
+    of two dividing d) first. Masks of this family are nested, from the diagonal tiles (and the sink) to every pair.
 
     Args:
         decay: rho, the factor on the length scale, above 0. Default 1.0; 0.2 and 0.95 are published settings.
@@ -106,7 +106,7 @@ class RadialAttnProcessor(AttnMethod):
         period = 1 << size.bit_length()
         if self.density is not None:
             scale = self._solve(layout, parts)
-            return torch.where(_least_scale(distance) <= scale, scale >> bits, -1)
+            return torch.where(_least_scale(distance) <= scale, max(scale, 0) >> bits, -1)
         widths = (self.decay * period / (1 << bits).double()).long().clamp(min=self.tile)
         widths[0] = size
         widths[1:2] = size if self.first_distance == "full" else size // 2
@@ -114,22 +114,26 @@ class RadialAttnProcessor(AttnMethod):
         return torch.where(distance % every == 0, widths, -1)
 
     def _solve(self, layout: TokenLayout, parts: _Parts) -> int:
-        """c * P of the densest mask within ``density``; every mask of the family is reached by an integer."""
+        """c * P of the densest mask within ``density``, negative where distances are dropped.
+
+        Every mask of the family is reached by an integer.
+        """
         assert self.density is not None
         frames, size = _frames(layout)
         bits, least = _bits(torch.arange(frames)), _least_scale(torch.arange(frames))
-        everything = int(torch.maximum(size - 1 << bits, least).max())
+        lowest, everything = int(least.min()), int((size - 1 << bits).max())
         distance = (parts.frame[:, None] - parts.frame).abs()
-        needed = torch.maximum(_gap(parts) << bits[distance], least[distance])
+        gap = _gap(parts)
+        needed = torch.where(gap > 0, gap << bits[distance], least[distance])
         if self._sink(layout):
-            needed[:, parts.frame == 0] = 0
+            needed[:, parts.frame == 0] = lowest
         needed = _least(needed, parts)
         tokens = layout.raster(self.tile).tile_tokens().double()
 
-        def density_of(scale: int) -> float:
-            return float(tokens @ ((needed <= scale).double() @ tokens)) / layout.visual_tokens**2
+        def density_of(step: int) -> float:
+            return float(tokens @ ((needed <= lowest + step).double() @ tokens)) / layout.visual_tokens**2
 
-        return largest_within(self.density, everything + 1, density_of)
+        return lowest + largest_within(self.density, everything - lowest + 1, density_of)
 
 
 class _Parts(NamedTuple):
@@ -161,9 +165,10 @@ def _bits(distance: Tensor) -> Tensor:
 
 
 def _least_scale(distance: Tensor) -> Tensor:
-    """The least c * P at which frames at this distance are not dropped: 128 * 2^bl(d) / (largest 2^n dividing d)."""
-    power = distance & -distance
-    return torch.where(distance == 0, 0, (DECIMATION << _bits(distance)) // power.clamp(min=1))
+    """The least c * P, 0 or below, at which frames at this distance are not dropped: log2 of 2^bl(d) / 2^n, shifted."""
+    power = (distance & -distance).clamp(min=1)
+    thinning = torch.where(distance == 0, 0, _bits(distance) + 1 - _bits(power))
+    return thinning - thinning.max()
 
 
 def _gap(parts: _Parts) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,6 +44,8 @@ class Metric:
         compute: (frames, reference or None), float [T, H, W, 3] in [0, 1] each -> the parts, 1-D.
         pool: the clip's score from the parts. Default: their mean.
         min_frames: shorter clips are skipped with a reason. Default 1.
+        min_side: clips with a shorter side, in pixels, are skipped with a reason. Default 1.
+        package: the package it needs beyond the core ones, from the extra ``eval``; skipped where it is missing.
     """
 
     name: str
@@ -52,12 +55,14 @@ class Metric:
     compute: Compute
     pool: Callable[[Tensor], Tensor] = torch.mean
     min_frames: int = 1
+    min_side: int = 1
+    package: str | None = None
 
 
 def measure(
     frames: Frames,  # [T, H, W, 3]
     reference: Frames | None = None,  # [T, H, W, 3]
-    metrics: Sequence[str | Metric] = ("mse", "psnr", "ssim", "flicker", "flicker_gap"),
+    metrics: Sequence[str | Metric] = ("mse", "psnr", "ssim", "ms_ssim", "flicker", "flicker_gap"),
 ) -> dict[str, Score]:
     """Scores of a clip by metric name; a metric that cannot apply is skipped with the reason, never guessed.
 
@@ -94,6 +99,12 @@ def _score(metric: Metric, clip: Tensor, target: Tensor | None) -> Score:
         return Score(None, skipped=f"{metric.name} needs a reference clip.")
     if len(clip) < metric.min_frames:
         return Score(None, skipped=f"{metric.name} needs at least {metric.min_frames} frames, got {len(clip)}.")
+    if min(clip.shape[1:3]) < metric.min_side:
+        return Score(
+            None, skipped=f"{metric.name} needs sides of at least {metric.min_side}, got {list(clip.shape[1:3])}."
+        )
+    if metric.package and importlib.util.find_spec(metric.package) is None:
+        return Score(None, skipped=f"{metric.name} needs {metric.package}: pip install 'dit-accel[eval]'.")
     values = metric.compute(clip, target)
     return Score(float(metric.pool(values)), tuple(values.tolist()))
 
@@ -121,6 +132,14 @@ def _pool_psnr(decibels: Tensor) -> Tensor:
     return _decibels((10 ** (-decibels / 10)).mean())
 
 
+def _ms_ssim(clip: Tensor, target: Tensor) -> Tensor:
+    """Multi-scale SSIM (Wang et al. 2003) with its usual five scales, frame by frame."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as score
+
+    frames = zip(clip.movedim(-1, 1).double(), target.movedim(-1, 1).double(), strict=True)
+    return torch.stack([score(x[None], y[None], data_range=1.0) for x, y in frames])
+
+
 def _flicker(clip: Tensor) -> Tensor:
     """Mean absolute difference of successive frames, [T - 1]."""
     return torch.stack([(after - before).abs().double().mean() for before, after in pairwise(clip)])
@@ -132,6 +151,7 @@ METRICS: dict[str, Metric] = {
         Metric("mse", True, False, "", _paired(_mse)),
         Metric("psnr", True, True, "dB", _paired(lambda x, y: _decibels(_mse(x, y))), pool=_pool_psnr),
         Metric("ssim", True, True, "", _paired(ssim)),
+        Metric("ms_ssim", True, True, "", _paired(_ms_ssim), min_side=176, package="torchmetrics"),
         Metric("flicker", False, None, "", lambda clip, _: _flicker(clip), min_frames=2),
         Metric(
             "flicker_gap",
