@@ -46,7 +46,7 @@ class _Probe:
     heads: int
 
 
-_PROBES = {"cpu": _Probe(768, 2048, 4), "cuda": _Probe(8192, 16384, 16)}
+_PROBES = {"cpu": _Probe(768, 4096, 2), "cuda": _Probe(8192, 16384, 16)}
 
 
 def attention_flops(tokens: int, heads: int, head_dim: int, density: float = 1.0) -> float:
