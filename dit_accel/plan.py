@@ -58,26 +58,28 @@ def plan_from_windows(layout: TokenLayout, tiles: TileGrid, windows: AxisWindows
     tiles: no token-level mask is built.
     """
     touched, covered = [], []
-    for axis, mask in enumerate(windows.axis_masks(tiles.grid)):
-        any_pair, all_pairs = _axis_tiles(mask, tiles.tile[axis])
+    for axis in range(3):
+        any_pair, all_pairs = _axis_tiles(windows, tiles, axis)
         touched.append(any_pair)
         covered.append(all_pairs)
-    keep = _combine_axes(touched, windows.union)
-    whole = _combine_axes(covered, windows.union)
+    keep, whole = _over_tiles(windows, touched), _over_tiles(windows, covered)
     return plan_from_tile_mask(layout, tiles, keep, whole, None if bool((whole == keep).all()) else windows)
 
 
 def best_boxes(layout: TokenLayout, windows: AxisWindows) -> TileGrid:
     """The grid cut into those of ``BOXES`` with which ``windows`` touches the fewest tile pairs.
 
-    Tile pairs are what a kernel pays for, so boxes that stick far out of the grid count in full.
+    Tile pairs are what a kernel pays for, so boxes that stick far out of the grid count in full; those that cover
+    twice the tokens of the tightest boxes are not looked at.
     """
+    cuts = [layout.boxes(box) for box in BOXES]
+    fewest = min(tiles.num_tiles for tiles in cuts)
 
     def touched_pairs(tiles: TileGrid) -> float:
         ones = [torch.ones(count) for count in tiles.tiles]
         return _touched_share(tiles, windows, ones) * tiles.num_tiles**2
 
-    return min((layout.boxes(box) for box in BOXES), key=touched_pairs)
+    return min((tiles for tiles in cuts if tiles.num_tiles < 2 * fewest), key=touched_pairs)
 
 
 def windows_density(tiles: TileGrid, windows: AxisWindows) -> float:
@@ -88,31 +90,44 @@ def windows_density(tiles: TileGrid, windows: AxisWindows) -> float:
 def _touched_share(tiles: TileGrid, windows: AxisWindows, weights: list[Tensor]) -> float:
     """Share of tile pairs that ``windows`` touches, a tile weighing the product of its ``weights`` per axis."""
     kept = missed = 1.0
-    for mask, step, weight in zip(windows.axis_masks(tiles.grid), tiles.tile, weights, strict=True):
-        touched, _ = _axis_tiles(mask, step)
+    for axis, weight in enumerate(weights):
+        touched, _ = _axis_tiles(windows, tiles, axis)
         weight = weight.double()
         share = float(weight @ touched.double() @ weight / weight.sum() ** 2)
         kept, missed = kept * share, missed * (1 - share)
     return 1 - missed if windows.union else kept
 
 
-def _axis_tiles(mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """From coordinates to tiles of one axis: does any pair of a tile pair pass, do all of them?"""
-    count = -(-mask.shape[0] // step)
-    beyond = count * step - mask.shape[0]
+def _axis_tiles(windows: AxisWindows, tiles: TileGrid, axis: int) -> tuple[Tensor, Tensor]:
+    """From coordinates to tiles of one axis, bool [tiles, tiles]: does any pair of a tile pair pass, do all of them?
 
-    def tiled(fill: bool) -> Tensor:
-        return F.pad(mask, (0, beyond, 0, beyond), value=fill).reshape(count, step, count, step)
+    Judged per query coordinate and key tile, by the first admitted key at or after the tile's start.
+    """
+    size, step, count = tiles.grid[axis], tiles.tile[axis], tiles.tiles[axis]
+    first, last = windows.bounds_of(tiles.grid, axis).unbind(1)
+    first, last, query = first[:, None], last[:, None], torch.arange(size)[:, None]
+    start = torch.arange(count) * step
+    end = (start + step).clamp(max=size) - 1
+    begin = torch.maximum(first, start)
+    dilation = windows.dilation[axis]
+    touched = begin + (query - begin) % dilation <= torch.minimum(last, end)
+    covered = touched & (first <= start) & (last >= end) & ((start == end) | (dilation == 1))
+    beyond = (0, 0, 0, count * step - size)
+    return (
+        F.pad(touched, beyond, value=False).reshape(count, step, count).any(1),
+        F.pad(covered, beyond, value=True).reshape(count, step, count).all(1),
+    )
 
-    return tiled(False).any(3).any(1), tiled(True).all(3).all(1)
 
-
-def _combine_axes(axes: list[Tensor], union: bool) -> Tensor:
+def _over_tiles(windows: AxisWindows, axes: list[Tensor]) -> Tensor:
     """Tile masks of three axes to one over tiles in (frame, row, column) order: bool [Q, Q]."""
     frame, row, column = axes
-    t, h, w = (axis.shape[0] for axis in axes)
-    frame = frame[:, None, None, :, None, None]
-    row = row[None, :, None, None, :, None]
-    column = column[None, None, :, None, None, :]
-    combined = frame | row | column if union else frame & row & column
-    return combined.reshape(t * h * w, t * h * w)
+    joined = windows.joined(
+        [
+            frame[:, None, None, :, None, None],
+            row[None, :, None, None, :, None],
+            column[None, None, :, None, None, :],
+        ]
+    )
+    tiles = len(frame) * len(row) * len(column)
+    return joined.reshape(tiles, tiles)

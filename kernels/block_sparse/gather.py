@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import BlockPlan
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan
 
 # Gathered keys per call, in elements: small enough to stay near the caches, large enough to batch.
 CHUNK_ELEMENTS = 1 << 22
@@ -150,7 +150,6 @@ def _tables(plan: BlockPlan) -> list[Bundles]:
 def _build_tables(plan: BlockPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Tables of a plan with one shared list, on the CPU: (queries, keys, mask) for each bundle shape."""
     tile_tokens = plan.tiles.token_tile().argsort(stable=True).split(plan.tiles.tile_tokens().tolist())
-    axes = None if plan.window is None else plan.window.axis_masks(plan.tiles.grid)
     lists: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
     counts, partial, indices = (x[0, 0].tolist() for x in (plan.counts, plan.partial, plan.indices))
     for tile, (count, cut, row) in enumerate(zip(counts, partial, indices, strict=True)):
@@ -161,8 +160,8 @@ def _build_tables(plan: BlockPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | No
         queries = torch.cat([tile_tokens[tile] for tile in members])
         keys = torch.cat([tile_tokens[tile] for tile in row]) if row else torch.empty(0, dtype=torch.long)
         mask = None
-        if axes is not None and plan.window is not None and cut:
-            mask = _window_mask(queries, keys, axes, plan.tiles.grid, plan.window.union)
+        if plan.window is not None and cut:
+            mask = _window_mask(plan, plan.window, queries, keys)
             mask[:, sum(len(tile_tokens[tile]) for tile in row[:cut]) :] = True
         shapes[len(queries), len(keys), mask is not None].append((queries, keys, mask))
     for bundles in shapes.values():
@@ -171,19 +170,7 @@ def _build_tables(plan: BlockPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | No
         yield queries, keys, torch.stack(masks) if masks else None
 
 
-def _window_mask(
-    queries: Tensor, keys: Tensor, axes: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int], union: bool
-) -> Tensor:
+def _window_mask(plan: BlockPlan, window: AxisWindows, queries: Tensor, keys: Tensor) -> Tensor:
     """Which keys each query admits, bool [queries, keys]."""
-    _, rows, columns = grid
-    admitted = [
-        axis[q[:, None], k[None, :]]
-        for axis, q, k in zip(
-            axes,
-            (queries // (rows * columns), queries // columns % rows, queries % columns),
-            (keys // (rows * columns), keys // columns % rows, keys % columns),
-            strict=True,
-        )
-    ]
-    t, h, w = admitted
-    return t | h | w if union else t & h & w
+    coordinates = zip(plan.tiles.coordinates(queries), plan.tiles.coordinates(keys), strict=True)
+    return window.joined([window.admitted(plan.tiles.grid, axis, q, k) for axis, (q, k) in enumerate(coordinates)])

@@ -60,6 +60,11 @@ class TileGrid:
         t, h, w = (self.axis_sizes(axis) for axis in range(3))
         return (t[:, None, None] * h[None, :, None] * w[None, None, :]).reshape(-1)
 
+    def coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(frame, row, column) of tokens given by their position on the grid."""
+        _, rows, columns = self.grid
+        return tokens // (rows * columns), tokens // columns % rows, tokens % columns
+
     def token_tile(self) -> Tensor:
         """The tile of each token in frame, row, column order, int64 [num_tokens]."""
         t, h, w = (torch.arange(size) // step for size, step in zip(self.grid, self.tile, strict=True))
@@ -84,16 +89,21 @@ class AxisWindows:
     dilation: Triple = (1, 1, 1)
     union: bool = False
 
-    def axis_masks(self, grid: Triple) -> tuple[Tensor, Tensor, Tensor]:
-        """Which key coordinates each query coordinate admits, per axis: bool [size, size]."""
-        masks, offset = [], 0
-        for size, step in zip(grid, self.dilation, strict=True):
-            first, last = self.bounds[offset : offset + size].long().unbind(1)
-            query = torch.arange(size, device=self.bounds.device)
-            key = query[None, :]
-            masks.append((key >= first[:, None]) & (key <= last[:, None]) & ((key - query[:, None]) % step == 0))
-            offset += size
-        return masks[0], masks[1], masks[2]
+    def bounds_of(self, grid: Triple, axis: int) -> Tensor:
+        """(first, last) of each query coordinate on one axis, int64 [size, 2]."""
+        offset = sum(grid[:axis])
+        return self.bounds[offset : offset + grid[axis]].long()
+
+    def admitted(self, grid: Triple, axis: int, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which key coordinates each query coordinate admits on one axis: bool [queries, keys]."""
+        first, last = self.bounds_of(grid, axis)[queries].unbind(1)
+        inside = (keys >= first[:, None]) & (keys <= last[:, None])
+        return inside & ((keys - queries[:, None]) % self.dilation[axis] == 0)
+
+    def joined(self, axes: list[Tensor]) -> Tensor:
+        """The rule over all axes, from one mask per axis of shapes that broadcast."""
+        frame, row, column = axes
+        return frame | row | column if self.union else frame & row & column
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,9 +66,11 @@ def visible(plan: BlockPlan, queries: Tensor | None, text_lengths: Tensor | None
 def _window(plan: BlockPlan, queries: Tensor) -> Tensor:
     """The window's rule for grid positions ``queries``, bool [queries, grid tokens]."""
     assert plan.window is not None
-    _, rows, columns = plan.tiles.grid
-    t, h, w = plan.window.axis_masks(plan.tiles.grid)
-    t = t[queries // (rows * columns)][:, :, None, None]
-    h = h[queries // columns % rows][:, None, :, None]
-    w = w[queries % columns][:, None, None, :]
-    return (t | h | w if plan.window.union else t & h & w).flatten(1)
+    grid = plan.tiles.grid
+    axes = []
+    for axis, coordinate in enumerate(plan.tiles.coordinates(queries)):
+        shape = [len(queries), 1, 1, 1]
+        shape[1 + axis] = grid[axis]
+        keys = torch.arange(grid[axis], device=queries.device)
+        axes.append(plan.window.admitted(grid, axis, coordinate, keys).reshape(shape))
+    return plan.window.joined(axes).expand(-1, *grid).flatten(1)
