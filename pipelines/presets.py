@@ -33,14 +33,20 @@ _RADIAL = {"tile_rule": "strict", "first_distance": "full"}
 _SHAPES = {"height": 192, "width": 256, "num_frames": 25, "steps": 16}
 
 PRESETS: dict[tuple[str, str], Preset] = {
-    ("shapes", "radial"): Preset(source="chosen here on the embedded pipeline", **_SHAPES, options={"density": 0.35}),
+    ("shapes", "radial"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"density": 0.35, "start_percent": 4 / 16},
+    ),
     ("shapes", "neighborhood"): Preset(
         source="chosen here on the embedded pipeline",
         **_SHAPES,
-        options={"window": (7, 12, 16), "stride": (7, 4, 8)},
+        options={"window": (7, 16, 16), "stride": (7, 8, 8), "start_percent": 6 / 16},
     ),
     ("shapes", "grat"): Preset(
-        source="chosen here on the embedded pipeline", **_SHAPES, options={"pattern": "B", "group": (2, 8, 8)}
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"pattern": "B", "group": (2, 8, 8), "start_percent": 4 / 16},
     ),
     ("wan2.1-14b", "radial"): Preset(
         source="radial-attention scripts, Wan2.1-14B",

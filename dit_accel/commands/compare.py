@@ -18,7 +18,7 @@ from dit_accel.commands.models import Frames, Generation, Model, Request, genera
 from dit_accel.eval.media import SheetRow, contact_sheet, write_mp4
 from dit_accel.eval.quality import METRICS, Metric, Score, measure
 from dit_accel.eval.records import Job, Record, RecordWriter, Timings, make_record, read_records
-from dit_accel.eval.report import MethodResult, ReportData, format_table, summary, tile_picture, write_report
+from dit_accel.eval.report import MISSING, MethodResult, ReportData, format_table, summary, tile_picture, write_report
 from dit_accel.kernels.block_sparse.reference import token_mask
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import AttnMethod
@@ -177,20 +177,7 @@ def _write_pages(
     for entry, record, clip in zip(entries, records, frames, strict=True):
         row = summary(record, records[0], entry.label)
         rows.append(row)
-        note = "\n".join(f"{name} {row[name]}" for name in ("denoise", "speed-up", "PSNR", "prompt accuracy"))
-        results.append(
-            (
-                SheetRow(entry.label, note, clip),
-                MethodResult(
-                    record=record,
-                    frames=clip,
-                    label=entry.label,
-                    script=_script(entry, request, model),
-                    command=_command(entry, request, model),
-                    tile_picture=_picture(entry.method, layout),
-                ),
-            )
-        )
+        results.append(_result(entry, record, row, clip, request, model, layout))
         if len(clip) > 1:
             write_mp4(folder / "clips" / f"{entry.stem}.mp4", clip, FPS)
         else:
@@ -202,6 +189,23 @@ def _write_pages(
     for note in notes:
         print(note)
     print(f"page: {page}\nsheet: {folder / 'sheet.png'}\nrecords: {folder / 'records.jsonl'}")
+
+
+def _result(
+    entry: Entry, record: Record, row: dict[str, str], clip: Frames, request: Request, model: Model, layout: TokenLayout
+) -> tuple[SheetRow, MethodResult]:
+    """What the sheet and the page show of one method."""
+    shown = {name: row[name] for name in ("denoise", "speed-up", "PSNR", "prompt accuracy") if row[name] != MISSING}
+    note = "\n".join(f"{name} {value.replace('×', 'x')}" for name, value in shown.items())  # the font has no ×
+    result = MethodResult(
+        record=record,
+        frames=clip,
+        label=entry.label,
+        script=_script(entry, request, model),
+        command=_command(entry, request, model),
+        tile_picture=_picture(entry.method, layout),
+    )
+    return SheetRow(entry.label, note, clip), result
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

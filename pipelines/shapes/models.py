@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dit_accel.pipelines.shapes.scenes import WORDS
 
-TRAINING_SHIFT = 3.0
-SAMPLING_SHIFT = 5.0  # more steps at high noise, where the number of objects is decided
+FLOW_SHIFT = 3.0
 LATENT_CHANNELS = 16
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
@@ -102,7 +101,7 @@ def build_pipeline(num_layers: int = 8) -> WanPipeline:
         transformer=build_transformer(num_layers),
         vae=build_vae(),
         scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SAMPLING_SHIFT
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
         ),
     )
 

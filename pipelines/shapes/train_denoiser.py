@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dit_accel.pipelines.shapes.models import (
+    FLOW_SHIFT,
     LATENT_CHANNELS,
-    TRAINING_SHIFT,
     encode_clips,
     latent_statistics,
     whole_clip_passes,
@@ -97,7 +97,7 @@ class _Losses:
 
 def _noise_times(batch: int, tokens: int, default_tokens: int, device: torch.device) -> Tensor:
     """Noise shares [B] in [0, 1]: mostly logit-normal, shifted to more noise for larger clips."""
-    shift = TRAINING_SHIFT * min(2.0, max(2 / 3, math.sqrt(tokens / default_tokens)))
+    shift = FLOW_SHIFT * min(2.0, max(2 / 3, math.sqrt(tokens / default_tokens)))
     time = torch.randn(batch, device=device).sigmoid()
     time = torch.where(torch.rand(batch, device=device) < _UNIFORM_TIME_SHARE, torch.rand_like(time), time)
     return shift * time / (1 + (shift - 1) * time)
