@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.attach import attach
 
 if TYPE_CHECKING:
-    from dit_accel.explain import Explanation, explain
+    from dit_accel.explanation import Explanation, explain
     from dit_accel.methods import token_mask
     from dit_accel.methods.dense import DenseAttnProcessor
     from dit_accel.methods.grat import GRATAttnProcessor
@@ -21,13 +21,13 @@ __version__ = "0.1.0"
 # Loaded when first used, so that importing the package needs neither torch nor diffusers.
 _LAZY = {
     "DenseAttnProcessor": "dit_accel.methods.dense",
-    "Explanation": "dit_accel.explain",
+    "Explanation": "dit_accel.explanation",
     "GRATAttnProcessor": "dit_accel.methods.grat",
     "Handle": "dit_accel.plugin",
     "NeighborhoodAttnProcessor": "dit_accel.methods.neighborhood",
     "RadialAttnProcessor": "dit_accel.methods.radial",
     "apply": "dit_accel.plugin",
-    "explain": "dit_accel.explain",
+    "explain": "dit_accel.explanation",
     "restore": "dit_accel.plugin",
     "token_mask": "dit_accel.methods",
 }

@@ -140,6 +140,9 @@ def test_list_names_every_method_and_doctor_finds_the_torch_backend(capsys: pyte
         pytest.param(["compare", "--density", "1.5"], "density must be in (0, 1], got 1.5", id="compare density"),
         pytest.param(["explain", "--num-frames", "24"], "makes 4k + 1 frames, got num_frames=24", id="frames"),
         pytest.param(["explain", "--height", "100"], "multiples of 16 pixels, got height=100", id="height"),
+        pytest.param(["explain", "--steps", "0"], "steps must be at least 1, got 0", id="explain steps"),
+        pytest.param(["compare", "--steps", "0"], "--steps must be at least 1, got 0", id="steps"),
+        pytest.param(["generate", "--num-frames", "0"], "got num_frames=0", id="generate no frames"),
         pytest.param(["explain", "--height", "0"], "got height=0", id="no height"),
         pytest.param(
             ["explain", "--method", "neighborhood(window=(9, 9, 99))"], "does not fit", id="window larger than the grid"

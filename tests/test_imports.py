@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import dit_accel
+
 ROOT = Path(__file__).parents[1]
 FOLDERS: dict[str, Path] = runpy.run_path(str(ROOT / ".typing" / "relink.py"))["package_folders"](ROOT)
 MODULES = {
@@ -20,7 +22,7 @@ MODULES = {
     for file in sorted(folder.glob("*.py"))
 }
 ROOMS = (  # from the top: a room imports from itself and from those below it
-    ("dit_accel.cli", "dit_accel.commands", "dit_accel.demo", "dit_accel.explain"),
+    ("dit_accel.cli", "dit_accel.commands", "dit_accel.demo", "dit_accel.explanation"),
     ("dit_accel.eval",),
     ("dit_accel.plugin", "dit_accel.attach", "dit_accel.runtime"),
     ("dit_accel.pipelines",),
@@ -133,3 +135,9 @@ def test_import_is_light(module: str, tmp_path: Path) -> None:
     ).stdout.split()
     assert module in loaded
     assert HEAVY.isdisjoint(loaded)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule sets it as an attribute of the package, in place of a function of that name."""
+    names = {name.removeprefix("dit_accel.").split(".")[0] for name in MODULES}
+    assert not names.intersection(dit_accel.__all__)

@@ -29,9 +29,17 @@ FPS = 12.0
 
 @dataclass(frozen=True)
 class Entry:
-    """One method of the comparison: its name on pages and in files, and the job that identifies its record."""
+    """One method of the comparison.
+
+    Args:
+        label: its name on pages: the method's, with the options where another entry has the same.
+        call: the method as --method takes it.
+        method: the processor.
+        job: identifies its record.
+    """
 
     label: str
+    call: str
     method: AttnMethod
     job: Job
 
@@ -63,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
     layout = model.layout(request)
     for method in methods:  # a method that cannot serve this size fails here, before any step
         method.plan(layout)
-    entries = [_entry(method, model, request, options) for method in methods]
+    kinds = [method.name for method in methods]
+    entries = [_entry(method, kinds.count(method.name) == 1, model, request, options) for method in methods]
     print(f"{model.name}: {request.prompt!r}, {_size(request)}, {layout.num_tokens:,} tokens, on {model.device}")
     try:
         frames = [_frames(entry, entries[0], model, request, options, writer) for entry in entries]
@@ -89,7 +98,7 @@ def _writer(folder: Path) -> RecordWriter:
     return RecordWriter(folder / "records.jsonl")
 
 
-def _entry(method: AttnMethod, model: Model, request: Request, options: argparse.Namespace) -> Entry:
+def _entry(method: AttnMethod, only_one: bool, model: Model, request: Request, options: argparse.Namespace) -> Entry:
     settings = method.options()
     run_settings = {"dtype": str(model.pipe.transformer.dtype), "backend": options.backend, "device": str(model.device)}
     job = Job(
@@ -103,7 +112,8 @@ def _entry(method: AttnMethod, model: Model, request: Request, options: argparse
         options=settings | run_settings,
     )
     inner = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    return Entry(f"{method.name}({inner})" if inner else method.name, method, job)
+    call = f"{method.name}({inner})" if inner else method.name
+    return Entry(method.name if only_one else call, call, method, job)
 
 
 def _frames(
@@ -111,7 +121,11 @@ def _frames(
 ) -> Frames:
     """The entry's frames, generated and recorded now, or kept from the run that this one goes on with."""
     clip = options.output / "clips" / f"{entry.stem}.npz"
-    if writer.finished(entry.job.key) and clip.exists():
+    if writer.finished(entry.job.key):
+        if not clip.exists():
+            raise ValueError(
+                f"{writer.path} has the record of {entry.label} but {clip} is gone; pass another --output."
+            )
         tqdm.write(f"{entry.label}: taken from {writer.path}")
         return _read(clip)
     seconds = warm_up(model, request, entry.method, options.backend)
@@ -186,8 +200,8 @@ def _write_pages(
     notes = _notes(records)
     page = write_report(folder, ReportData([result for _, result in results], layout.num_tokens, FPS, notes))
     print(f"\n{format_table(rows)}\n")
-    for note in notes:
-        print(note)
+    for line in [*(entry.call for entry in entries if entry.call != entry.label), *notes]:
+        print(line)
     print(f"page: {page}\nsheet: {folder / 'sheet.png'}\nrecords: {folder / 'records.jsonl'}")
 
 
@@ -254,7 +268,7 @@ def _command(entry: Entry, request: Request, model: Model) -> str:
         "steps": request.steps,
         "guidance": f"{request.guidance:g}",
     }
-    words = ["dit-accel", "generate", "--model", model.name, "--method", entry.label, "--prompt", request.prompt]
+    words = ["dit-accel", "generate", "--model", model.name, "--method", entry.call, "--prompt", request.prompt]
     words += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     return shlex.join(words)
 

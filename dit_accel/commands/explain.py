@@ -8,7 +8,7 @@ import json
 import torch
 
 from dit_accel.commands.arguments import add_size, parse_method
-from dit_accel.explain import explain_spec
+from dit_accel.explanation import explain_spec
 from dit_accel.pipelines.specs import find_spec
 
 

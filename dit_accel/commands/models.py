@@ -25,6 +25,7 @@ from dit_accel.plugin import apply
 Frames = np.ndarray[Any, np.dtype[Any]]
 
 EMBEDDED = "shapes"
+_SIZES = ("height", "width", "num_frames", "steps", "guidance")  # of a request, defaults of a spec
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,11 @@ class Model:
         spec, embedded = self.spec, self.name == EMBEDDED
         if options.prompt is None and not embedded:
             raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
+        given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
         request = Request(
-            prompt=options.prompt if options.prompt is not None else shapes.EXAMPLE_PROMPTS[0],
+            prompt=shapes.EXAMPLE_PROMPTS[0] if options.prompt is None else options.prompt,
             seed=options.seed,
-            height=options.height or spec.height,
-            width=options.width or spec.width,
-            num_frames=options.num_frames or spec.num_frames,
-            steps=options.steps or spec.steps,
-            guidance=spec.guidance if options.guidance is None else options.guidance,
+            **{name: given.get(name, getattr(spec, name)) for name in _SIZES},
         )
         if request.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {request.steps}.")

@@ -123,12 +123,15 @@ def explain_spec(
     device: str = "cpu",
 ) -> Explanation:
     """``explain`` for a model known by its shape alone."""
+    steps = spec.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
     layout = spec.layout(height, width, num_frames)
     dense_below = layout.num_tokens < method.min_tokens
     plan = None if dense_below else method.plan(layout)
     executed = 1.0 if plan is None else plan.density
     ideal = 1.0 if plan is None else _with_text(method.ideal_density(layout), layout)
-    share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps or spec.steps) if plan else 0.0
+    share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if plan else 0.0
     measured = _measure(spec.head_dim, device)
     rest, attention = spec.linear_flops(layout), spec.attention_flops(layout)
     before = measured.seconds(matmul=rest, dense=attention)

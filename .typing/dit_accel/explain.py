@@ -1,1 +1,0 @@
-../../dit_accel/explain.py
