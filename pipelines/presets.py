@@ -41,7 +41,7 @@ PRESETS: dict[tuple[str, str], Preset] = {
     ("shapes", "neighborhood"): Preset(
         source="chosen here on the embedded pipeline",
         **_SHAPES,
-        options={"window": (7, 16, 16), "stride": (7, 8, 8), "start_percent": 6 / 16},
+        options={"window": (-1, 16, 16), "stride": (1, 8, 8), "start_percent": 6 / 16},
     ),
     ("shapes", "grat"): Preset(
         source="chosen here on the embedded pipeline",

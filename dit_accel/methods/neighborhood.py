@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod, check_triple, largest_within
+from dit_accel.methods.base import AttnMethod, check_triple
 from dit_accel.plan import best_boxes, plan_from_windows, windows_density
 
 AXES = ("frame", "row", "column")
@@ -40,9 +41,10 @@ class NeighborhoodAttnProcessor(AttnMethod):
         dilation: step between the keys of a window per axis. Default 1.
         causal: axes on which later keys are hidden. Default none.
         tile: tokens per box and axis; default None takes the box of 128 tokens that touches the fewest pairs of boxes.
-        density: replaces ``window`` and ``stride``: windows are the same share of each axis, rounded, and the stride is
-            the box, so that the queries of a box share a window and what is computed is nearly what is kept. It cannot
-            be combined with dilation or causal axes, which never keep every pair.
+        density: replaces ``window`` and ``stride``: the stride is the box, and the window grows from one box by two
+            boxes at a time, or to the whole axis, on the axis that sees the smallest share of itself and still fits,
+            so that what is computed is nearly what is kept. It cannot be combined with dilation or causal axes, which
+            never keep every pair.
 
     Raises:
         ValueError: an option out of its range; from ``plan``, a window (times its dilation) larger than its axis.
@@ -83,13 +85,18 @@ class NeighborhoodAttnProcessor(AttnMethod):
     def _windows(self, layout: TokenLayout) -> AxisWindows:
         if self.density is None:
             return self._bounds(layout, self._window(layout), self.stride)
-        boxes, parts = self._boxes(layout), max(layout.grid)
+        density, boxes = self.density, self._boxes(layout)
+
+        def fits(window: Triple) -> bool:
+            return windows_density(boxes, self._bounds(layout, window, box)) <= density + 1e-12
+
         t, h, w = (min(axis) for axis in zip(boxes.tile, layout.grid, strict=True))
-
-        def scaled(index: int) -> AxisWindows:
-            return self._bounds(layout, _share(layout.grid, index + 1, parts, least=(t, h, w)), stride=(t, h, w))
-
-        return scaled(largest_within(self.density, parts, lambda index: windows_density(boxes, scaled(index))))
+        box = window = (t, h, w)
+        fitting: Triple | None = window
+        while fitting is not None:  # a larger density takes each step that a smaller one takes, or a larger one
+            window = fitting
+            fitting = next((wider for wider in _wider(window, box, layout.grid) if fits(wider)), None)
+        return self._bounds(layout, window, box)
 
     def _boxes(self, layout: TokenLayout) -> TileGrid:
         """With ``density``, one cut for all targets, so that larger windows never touch fewer pairs."""
@@ -130,6 +137,19 @@ def _share(sizes: Triple, part: int, parts: int, least: Triple = (1, 1, 1)) -> T
     """part / parts of each size, rounded half up, but no less than ``least``."""
     t, h, w = ((2 * part * size + parts) // (2 * parts) for size in sizes)
     return max(t, least[0]), max(h, least[1]), max(w, least[2])
+
+
+def _wider(window: Triple, box: Triple, grid: Triple) -> Iterator[Triple]:
+    """The window grown by two boxes on one axis, or to all of it; the axis that sees the smallest share first.
+
+    With the box as stride, odd numbers of boxes start on box borders: what is computed is what is kept.
+    """
+    for axis in sorted(range(3), key=lambda axis: window[axis] / grid[axis]):
+        if window[axis] < grid[axis]:
+            width = window[axis] + 2 * box[axis]
+            grown = list(window)
+            grown[axis] = width if width <= grid[axis] else grid[axis]
+            yield grown[0], grown[1], grown[2]
 
 
 def _axis_bounds(size: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
