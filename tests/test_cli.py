@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from dit_accel.cli import COMMANDS, main
 from dit_accel.commands.arguments import parse_method
@@ -176,6 +177,20 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path, capsys: pytest.C
     code, _, error = run(capsys, "compare", "--model", str(tmp_path / "empty"), *SIZE, "--output", str(tmp_path / "o"))
     assert code == 2
     assert "could not be loaded" in error
+
+
+def test_a_pipeline_without_a_known_denoiser_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "unet")
+    code, _, error = run(capsys, "compare", "--model", str(tmp_path / "unet"), *SIZE, "--output", str(tmp_path / "o"))
+    assert code == 2
+    assert "DDIMPipeline has no supported denoiser" in error
 
 
 def test_a_hub_model_that_is_not_there_is_refused(
