@@ -128,9 +128,9 @@ def explain_spec(
         raise ValueError(f"steps must be at least 1, got {steps}.")
     layout = spec.layout(height, width, num_frames)
     dense_below = layout.num_tokens < method.min_tokens
-    plan = None if dense_below else method.plan(layout)
+    plan = method.plan_or_dense(layout)
     executed = 1.0 if plan is None else plan.density
-    ideal = 1.0 if plan is None else _with_text(method.ideal_density(layout), layout)
+    ideal = 1.0 if plan is None else layout.joint_density(method.ideal_density(layout))
     share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if plan else 0.0
     measured = _measure(spec.head_dim, device)
     rest, attention = spec.linear_flops(layout), spec.attention_flops(layout)
@@ -154,11 +154,6 @@ def explain_spec(
         device=device,
         advice=_advice(before / after, attention / measured.dense / before, method, dense_below),
     )
-
-
-def _with_text(density: float, layout: TokenLayout) -> float:
-    grid, text = layout.visual_tokens, layout.text_tokens
-    return (density * grid**2 + 2 * grid * text + text**2) / layout.num_tokens**2
 
 
 def _advice(speedup: float, attention_share: float, method: AttnMethod, dense_below: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dit_accel.kernels.block_sparse.plan import TileGrid, Triple
+from dit_accel.kernels.block_sparse.plan import TileGrid, Triple, joint_density
 
 TextPosition = Literal["none", "prefix", "suffix"]
 
@@ -49,6 +49,10 @@ class TokenLayout:
     @property
     def suffix(self) -> int:
         return self.text_tokens if self.text_position == "suffix" else 0
+
+    def joint_density(self, visual_density: float) -> float:
+        """A share of the grid's pairs as a share of all pairs, text included."""
+        return joint_density(visual_density, self.visual_tokens, self.text_tokens)
 
     def boxes(self, tile: Triple) -> TileGrid:
         """The grid cut into boxes of (frames, rows, columns)."""

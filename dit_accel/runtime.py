@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dit_accel.interception import AttentionCall, Layer, install, uninstall
 from dit_accel.kernels import BlockPlan, block_sparse_attention, can_run_triton
 from dit_accel.kernels.block_sparse.api import Backend
 from dit_accel.layout import TokenLayout
+from dit_accel.marks import Mark, mark, seconds_between
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.families import Family
 from dit_accel.state import DenoisingState, Schedule, bind_arguments
@@ -24,8 +24,6 @@ from dit_accel.state import DenoisingState, Schedule, bind_arguments
 _LOG = logging.getLogger(__name__)
 _ATTRIBUTE = "_dit_accel"
 _PLANS_KEPT = 8
-
-Mark = float | torch.cuda.Event
 
 
 @dataclass
@@ -57,7 +55,7 @@ class Tally:
     @property
     def attention_seconds(self) -> float:
         """Time spent in the calls; on a GPU, of its stream, and reading it waits for the last call."""
-        return sum(_seconds(begin, end) for begin, end in self._spans)
+        return sum(seconds_between(begin, end) for begin, end in self._spans)
 
     def add(self, density: float | None, span: tuple[Mark, Mark] | None) -> None:
         """Count one call; ``density`` is None for a dense one."""
@@ -68,23 +66,6 @@ class Tally:
         self.density_sum += 1.0 if density is None else density
         if self.timed and span is not None:
             self._spans.append(span)
-
-
-def _mark(device: torch.device) -> Mark:
-    """Now, on the device's own clock; events are read later, so that the loop never waits."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _seconds(begin: Mark, end: Mark) -> float:
-    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000
-    assert isinstance(begin, float) and isinstance(end, float)
-    return end - begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +84,7 @@ def planner(method: AttnMethod) -> Planner:
 
     @functools.lru_cache(maxsize=_PLANS_KEPT)
     def planned(layout: TokenLayout, device: torch.device) -> PlannedLayout | None:
-        plan = method.plan(layout) if layout.num_tokens >= method.min_tokens else None
+        plan = method.plan_or_dense(layout)
         return None if plan is None else PlannedLayout(plan.to(device), plan.density)
 
     return planned
@@ -180,9 +161,9 @@ class Denoiser:
         """Answer one attention call of a targeted layer."""
         planned = self._planned(layer, call)
         timed = any(tally.timed for tally in self.tallies)
-        begin = _mark(call.query.device) if timed else None
+        begin = mark(call.query.device) if timed else None
         out = layer.dense(call) if planned is None else self._sparse(call, planned.plan)
-        span = None if begin is None else (begin, _mark(call.query.device))
+        span = None if begin is None else (begin, mark(call.query.device))
         for tally in self.tallies:
             tally.add(None if planned is None else planned.density, span)
         return out

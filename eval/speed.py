@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+
+from dit_accel.marks import Mark, mark, seconds_between
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class StepClock:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._marks: list[float | torch.cuda.Event] = []
+        self._marks: list[Mark] = []
 
     def start(self, *_: object) -> None:
         """Marks the start of the first step; later calls do nothing."""
         if not self._marks:
-            self._marks.append(_mark(self._device))
+            self._marks.append(mark(self._device))
 
     def __call__(self, pipe: object, step: int, timestep: object, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Marks the end of a step; the signature of diffusers' ``callback_on_step_end``.
@@ -64,14 +65,14 @@ class StepClock:
         """
         if not self._marks:
             raise RuntimeError(f"StepClock was called at the end of step {step} before start(); call start() first.")
-        self._marks.append(_mark(self._device))
+        self._marks.append(mark(self._device))
         return kwargs
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
         """Seconds of each step so far, in order."""
         synchronize(self._device)
-        return tuple(_seconds(before, after) for before, after in pairwise(self._marks))
+        return tuple(seconds_between(before, after) for before, after in pairwise(self._marks))
 
     @property
     def denoise_seconds(self) -> float:
@@ -110,26 +111,11 @@ def synchronize(device: torch.device) -> None:
 
 def _time(fn: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
-    before = _mark(device)
+    before = mark(device)
     fn()
-    after = _mark(device)
+    after = mark(device)
     synchronize(device)
-    return _seconds(before, after)
-
-
-def _mark(device: torch.device) -> float | torch.cuda.Event:
-    if device.type != "cuda":
-        return time.perf_counter()
-    with torch.cuda.device(device):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-    return event
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) and isinstance(after, float):
-        return after - before
-    return float(before.elapsed_time(after)) / 1000  # type: ignore[union-attr, arg-type]  # marks of one device
+    return seconds_between(before, after)
 
 
 def _iqr(seconds: tuple[float, ...]) -> float:

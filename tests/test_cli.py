@@ -214,3 +214,13 @@ def test_frames_are_what_the_pipeline_gave(folder: Path, tmp_path: Path, capsys:
     run(capsys, "compare", "--model", str(folder), *SIZE, "--method", "radial", "--output", str(tmp_path))
     clips = [np.load(path)["frames"] for path in sorted((tmp_path / "clips").glob("*.npz"))]
     assert [clip.shape for clip in clips] == [(9, 32, 48, 3)] * 2
+
+
+def test_a_method_below_its_min_tokens_is_recorded_as_dense(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "radial(min_tokens=100000)"
+    assert run(capsys, "compare", "--model", str(folder), *SIZE, "--method", method, "--output", str(tmp_path))[0] == 0
+    row = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[1])
+    assert row["densities"] == {"executed": 1, "ideal": 1, "run": 1}
+    assert row["quality"]["psnr"]["value"] == "inf"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.eval import speed
+from dit_accel import marks
 from dit_accel.eval.machine import machine, source_version, versions
 from dit_accel.eval.rates import Rates, attention_flops, rates
 from dit_accel.eval.speed import StepClock, measure
@@ -20,7 +20,7 @@ from dit_accel.eval.speed import StepClock, measure
 def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock whose readings are 0, 1, 3, 6, 10, 15, ... seconds."""
     readings = itertools.accumulate(itertools.count())
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(readings)))
+    monkeypatch.setattr(marks.time, "perf_counter", lambda: float(next(readings)))
 
 
 @pytest.mark.usefixtures("ticks")

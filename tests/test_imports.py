@@ -28,7 +28,7 @@ ROOMS = (  # from the top: a room imports from itself and from those below it
     ("dit_accel.pipelines",),
     ("dit_accel.interception", "dit_accel.state"),
     ("dit_accel.methods",),
-    ("dit_accel.layout", "dit_accel.plan"),
+    ("dit_accel.layout", "dit_accel.marks", "dit_accel.plan"),
     ("dit_accel.kernels",),
 )
 MODEL_SIDE = sum(ROOMS[2:5], ())  # from plugin down to interception

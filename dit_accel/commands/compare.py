@@ -139,8 +139,7 @@ def _frames(
     if judge is None:
         quality["prompt_accuracy"] = Score(None, skipped="the model brings no verifier that can read this prompt.")
     layout = model.layout(request)
-    plan = entry.method.plan(layout)
-    ideal, text, grid = entry.method.ideal_density(layout), layout.text_tokens, layout.visual_tokens
+    plan = entry.method.plan_or_dense(layout)
     writer.append(
         make_record(
             entry.job,
@@ -148,7 +147,7 @@ def _frames(
             quality=quality,
             densities={
                 "executed": 1.0 if plan is None else plan.density,
-                "ideal": (ideal * grid**2 + 2 * grid * text + text**2) / layout.num_tokens**2,
+                "ideal": 1.0 if plan is None else layout.joint_density(entry.method.ideal_density(layout)),
                 "run": generation.density,
             },
             baseline=None if entry is dense else dense.job.key,
@@ -232,7 +231,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
 
 def _picture(method: AttnMethod, layout: TokenLayout) -> Image.Image | None:
     """What the query in the middle of the grid sees."""
-    plan = method.plan(layout)
+    plan = method.plan_or_dense(layout)
     if plan is None:
         return None
     frame, row, column = (size // 2 for size in layout.grid)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dit_accel.eval.quality import Metric, prompt_accuracy
-from dit_accel.eval.speed import StepClock, synchronize
+from dit_accel.eval.speed import StepClock, measure
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines import shapes
@@ -147,28 +147,23 @@ def generate(model: Model, request: Request, method: AttnMethod, backend: Any, p
     """Runs the pipeline once with ``method`` applied, and takes it out again."""
     pipe, device = model.pipe, model.device
     pipe.set_progress_bar_config(disable=not progress, desc=method.name.rjust(12), leave=True)
-    clock = StepClock(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    whole = StepClock(device)
-    whole.start()
+    clock, outputs = StepClock(device), []
     hook = pipe.transformer.register_forward_pre_hook(clock.start)
     try:
         with apply(pipe, method, backend=backend) as handle, handle.timing() as tally:
-            output = pipe(**_arguments(model, request), callback_on_step_end=clock)[0]
-            whole(pipe, 0, None, {})
-            synchronize(device)
+            arguments = _arguments(model, request) | {"callback_on_step_end": clock}
+            whole = measure(lambda: outputs.append(pipe(**arguments)[0][0]), warmup=0, runs=1, device=device)
     finally:
         hook.remove()
-    frames = np.asarray(output[0], dtype=np.float32)
+    frames = np.asarray(outputs[0], dtype=np.float32)
     return Generation(
         frames=frames if frames.ndim == 4 else frames[None],
         denoise=clock.denoise_seconds,
         step_seconds=clock.step_seconds,
         attention=tally.attention_seconds,
-        total=whole.denoise_seconds,
+        total=whole.median,
         density=tally.density,
-        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_memory=whole.peak_memory,
     )
 
 

@@ -51,6 +51,10 @@ class AttnMethod(ABC):
     def plan(self, layout: TokenLayout) -> BlockPlan | None:
         """The tiles to compute on ``layout``, on the CPU; None where the method is dense there."""
 
+    def plan_or_dense(self, layout: TokenLayout) -> BlockPlan | None:
+        """``plan``, or None where the sequence is shorter than ``min_tokens``."""
+        return None if layout.num_tokens < self.min_tokens else self.plan(layout)
+
     @abstractmethod
     def ideal_density(self, layout: TokenLayout) -> float:
         """Share of the grid's pairs the exact rule keeps, before it is rounded to tiles."""

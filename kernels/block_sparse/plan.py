@@ -11,6 +11,12 @@ from torch import Tensor
 Triple = tuple[int, int, int]
 
 
+def joint_density(visual_density: float, grid_tokens: int, text_tokens: int) -> float:
+    """A share of the grid's pairs as a share of all pairs, where text sees and is seen by everything."""
+    text_pairs = 2 * grid_tokens * text_tokens + text_tokens**2
+    return (visual_density * grid_tokens**2 + text_pairs) / (grid_tokens + text_tokens) ** 2
+
+
 @dataclass(frozen=True)
 class TileGrid:
     """A token grid cut into boxes. Sizes that do not divide are normal: the last box of an axis is smaller.
@@ -187,5 +193,4 @@ class BlockPlan:
     @property
     def density(self) -> float:
         """Share of all query-key pairs that are computed, text rows and columns included."""
-        grid, text = self.tiles.num_tokens, self.prefix + self.suffix
-        return (self.visual_density * grid**2 + 2 * grid * text + text**2) / self.num_tokens**2
+        return joint_density(self.visual_density, self.tiles.num_tokens, self.prefix + self.suffix)
