@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_accel.interception import check_targets
 from dit_accel.kernels import BACKENDS
-from dit_accel.kernels.block_sparse.api import Backend
+from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.methods import METHODS, make_method
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.families import denoisers_of

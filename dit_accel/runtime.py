@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.interception import AttentionCall, Layer, install, uninstall
-from dit_accel.kernels import BlockPlan, block_sparse_attention, can_run_triton
-from dit_accel.kernels.block_sparse.api import Backend
+from dit_accel.kernels import BlockPlan, block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.layout import TokenLayout
 from dit_accel.marks import Mark, mark, seconds_between
 from dit_accel.methods.base import AttnMethod
@@ -206,8 +206,8 @@ class Denoiser:
                 f"{self.family.name} passed attention a mask of {call.mask.dtype} {list(call.mask.shape)} that a "
                 "sparse method does not understand; call dit_accel.restore on the model for such calls."
             )
-        if self.backend == "triton":
-            can_run_triton(call.query, plan, raise_error=True)
+        if self.backend != "auto":
+            can_run(self.backend, call.query, plan, raise_error=True)
 
     def _is_key_mask(self, mask: Tensor, num_tokens: int) -> bool:
         """Whether the model's mask is the one that hides text padding, which ``text_lengths`` repeats."""

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     for backend in BACKENDS:
         verdict = _try(backend, device)
         print(f"  {backend:14}{verdict}")
-        healthy &= verdict == "works" or (backend == "triton" and device == "cpu")
+        healthy &= not verdict.startswith("gives wrong")
     print("\noptional packages")
     for package, remedy in OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _try(backend: str, device: str) -> str:
     """Runs a small ragged case against the reference; "works", or why not."""
-    layout = TokenLayout((3, 5, 7), 5, "suffix")
-    tiles = layout.boxes((2, 4, 4))
+    layout = TokenLayout((3, 9, 11), 5, "suffix")
+    tiles = layout.boxes((2, 8, 8))
     generator = torch.Generator().manual_seed(0)
     plan = plan_from_tile_mask(layout, tiles, torch.rand(tiles.num_tiles, tiles.num_tiles, generator=generator) < 0.6)
     dtype = torch.float16 if device == "cuda" else torch.float32

@@ -1,23 +1,16 @@
-"""The public operator: validation, choice of backend, one sentence when something cannot be."""
+"""The public operator: validation, and the backend that runs it."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.gather import gather_attention
-from dit_accel.kernels.block_sparse.plan import BlockPlan
-from dit_accel.kernels.block_sparse.reference import reference_attention
-
-Backend = Literal["auto", "reference", "torch", "triton"]
-BACKENDS: tuple[Backend, ...] = ("reference", "torch", "triton")
-
-_LOG = logging.getLogger(__name__)
+from dit_accel.kernels.block_sparse import backends, operator
+from dit_accel.kernels.block_sparse.backends import Backend
+from dit_accel.kernels.block_sparse.inputs import Inputs, Precision
+from dit_accel.kernels.block_sparse.plan import BlockPlan, PooledKeys
 
 
 @overload
@@ -29,6 +22,8 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     text_lengths: Tensor | None = None,
+    pooled: PooledKeys | None = None,
+    precision: Precision = "native",
     backend: Backend = "auto",
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -43,6 +38,8 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     text_lengths: Tensor | None = None,
+    pooled: PooledKeys | None = None,
+    precision: Precision = "native",
     backend: Backend = "auto",
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -56,6 +53,8 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     text_lengths: Tensor | None = None,  # int32 [B]
+    pooled: PooledKeys | None = None,
+    precision: Precision = "native",
     backend: Backend = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,10 +66,17 @@ def block_sparse_attention(
         scale: factor on the scores; default head_dim ** -0.5.
         text_lengths: valid text tokens per batch item, int32 [batch], the rest of the text span is padding that no
             query sees; default all of them.
-        backend: "triton" (GPUs), "torch" (anywhere, differentiable), "reference" (eager oracle, full mask) or "auto":
-            triton on a GPU, else torch. An explicit backend never falls back.
+        pooled: the keys that the plan's pooled tiles name; every text token sees the sequence's own keys only.
+        precision: "native" computes in the dtype of the inputs. For inference on Hopper, "fp8" rounds queries, keys,
+            probabilities and values to float8 e4m3, with scales per tile and the keys' mean taken out; "int8" the
+            same with int8 queries and keys, closer and a little slower.
+        backend: "gluon" (Hopper), "triton" (any GPU), "torch" (anywhere), "reference" (eager oracle, full mask), or
+            "auto": the first of gluon, triton and torch that can run the call. An explicit backend never falls back.
         return_lse: also return the natural-log LSE of each query's scores, [batch, heads, tokens], -inf (and a zero
             output) where a query has no keys.
+
+    Gradients reach q, k, v and the pooled k and v, from the output and from the LSE; log weights have none. Gluon and
+    Triton share one backward without atomics, so gradients repeat bit for bit. Second derivatives are refused.
 
     Returns:
         The output, shaped and typed as ``q``; with ``return_lse`` a pair (output, LSE).
@@ -78,67 +84,25 @@ def block_sparse_attention(
     Raises:
         ValueError: inputs that do not fit the plan, or a backend that cannot run them.
     """
-    _check(q, k, v, plan, text_lengths)
-    if backend == "auto":
-        backend = _choose(q, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, plan, text_lengths, pooled)
     plan = plan if plan.device == q.device else plan.to(q.device)
-    if backend == "triton":
-        can_run_triton(q, plan, raise_error=True)
-        from dit_accel.kernels.block_sparse.triton_forward import triton_attention
-
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = triton_attention(q, k, v, plan, scale, text_lengths)
-    elif backend == "torch":
-        got = gather_attention(q, k, v, plan, scale, text_lengths, return_lse)
-        if not return_lse:
-            return got[0]
-        return got  # type: ignore[return-value]
-    elif backend == "reference":
-        out, lse = reference_attention(q, k, v, plan, scale, text_lengths)
-    else:
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    text_lengths = None if text_lengths is None else text_lengths.contiguous()
+    out, lse = operator.run(q, k, v, plan, scale, text_lengths, pooled, precision, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
-def can_run_triton(q: Tensor, plan: BlockPlan, *, raise_error: bool = False) -> bool:
-    """Whether the triton backend can run these inputs; with ``raise_error`` a ValueError says why not."""
-    problem = None
-    if importlib.util.find_spec("triton") is None:
-        problem = "the package triton, which is not installed"
-    elif not q.is_cuda and not _interpreted():
-        problem = f"a GPU, got tensors on {q.device}"
-    elif q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        problem = f"float16, bfloat16 or float32, got {q.dtype}"
-    elif q.shape[-1] > 128:
-        problem = f"a head dim of at most 128, got {q.shape[-1]}"
-    elif plan.tiles.tile_size > 128:
-        problem = f"tiles of at most 128 tokens, got {plan.tiles.tile_size}"
-    elif torch.is_grad_enabled() and q.requires_grad:
-        problem = "inputs without gradients, it has no backward"
-    if problem and raise_error:
-        raise ValueError(f"backend='triton' needs {problem}; use backend='torch'.")
-    return problem is None
+def can_run(backend: str, q: Tensor, plan: BlockPlan, *, raise_error: bool = False) -> bool:
+    """Whether ``backend`` can run the plan on tensors like ``q``; with ``raise_error`` a ValueError says why not."""
+    inputs = Inputs(q, q, q, plan, q.shape[-1] ** -0.5, gradients=torch.is_grad_enabled() and q.requires_grad)
+    if raise_error:
+        backends.check(backend, inputs)
+    return backends.missing(backend, inputs) is None
 
 
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _choose(q: Tensor, plan: BlockPlan) -> Backend:
-    chosen: Backend = "triton" if q.is_cuda and can_run_triton(q, plan) else "torch"
-    _notice(chosen, q.device.type)
-    return chosen
-
-
-@functools.cache
-def _notice(backend: str, device: str) -> None:
-    _LOG.info("block-sparse attention runs on the %s backend (%s tensors).", backend, device)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, text_lengths: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, text_lengths: Tensor | None, pooled: PooledKeys | None
+) -> None:
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             "q, k and v must share one shape [batch, tokens, heads, head dim], "
@@ -157,5 +121,35 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, text_lengths: Tenso
             f"the plan's lists are for batch {plan.counts.shape[0]} and {plan.counts.shape[1]} heads, "
             f"got batch {batch} and {heads} heads."
         )
-    if text_lengths is not None and text_lengths.shape != (batch,):
-        raise ValueError(f"text_lengths must have shape [{batch}], got {list(text_lengths.shape)}.")
+    lists = (plan.counts, plan.partial, plan.indices, *((plan.window.bounds,) if plan.window else ()))
+    if not all(x.is_contiguous() for x in lists):
+        raise ValueError("the plan's lists and window bounds must be contiguous, got strided views; copy them.")
+    if text_lengths is not None and (text_lengths.shape != (batch,) or text_lengths.dtype != torch.int32):
+        raise ValueError(
+            f"text_lengths must be int32 of shape [{batch}], got {text_lengths.dtype} of {list(text_lengths.shape)}."
+        )
+    _check_pooled(q, plan, pooled)
+
+
+def _check_pooled(q: Tensor, plan: BlockPlan, pooled: PooledKeys | None) -> None:
+    if pooled is None:
+        if plan.pooled:
+            raise ValueError(f"the plan lists {plan.pooled} pooled keys, got none; pass pooled=PooledKeys(...).")
+        return
+    batch, _, heads, dim = q.shape
+    want = [batch, plan.pooled, heads, dim]
+    if list(pooled.k.shape) != want or list(pooled.v.shape) != want:
+        raise ValueError(f"pooled k and v must have shape {want}, got {list(pooled.k.shape)}, {list(pooled.v.shape)}.")
+    if not pooled.k.dtype == pooled.v.dtype == q.dtype or pooled.log_weights.dtype != torch.float32:
+        raise ValueError(
+            f"pooled k and v must be {q.dtype} and log_weights float32, "
+            f"got {pooled.k.dtype}, {pooled.v.dtype} and {pooled.log_weights.dtype}."
+        )
+    full = (batch, heads, plan.tiles.num_tiles, plan.pooled)
+    shape = pooled.log_weights.shape
+    if len(shape) != 4 or any(got not in (1, size) for got, size in zip(shape[:3], full[:3], strict=True)):
+        raise ValueError(
+            f"log_weights must broadcast to {list(full)} (batch, heads, query tiles, keys), got {list(shape)}."
+        )
+    if shape[3] != plan.pooled:
+        raise ValueError(f"log_weights must have one entry per pooled key, {plan.pooled}, got {shape[3]}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,14 +57,14 @@ class TileGrid:
     def num_tiles(self) -> int:
         return self.tiles[0] * self.tiles[1] * self.tiles[2]
 
-    def axis_sizes(self, axis: int) -> Tensor:
+    def axis_sizes(self, axis: int, device: torch.device | None = None) -> Tensor:
         """Valid tokens of each tile along one axis, int64 [tiles[axis]]."""
-        starts = torch.arange(self.tiles[axis]) * self.tile[axis]
+        starts = torch.arange(self.tiles[axis], device=device) * self.tile[axis]
         return (self.grid[axis] - starts).clamp(max=self.tile[axis])
 
-    def tile_tokens(self) -> Tensor:
+    def tile_tokens(self, device: torch.device | None = None) -> Tensor:
         """Valid tokens of each tile, int64 [num_tiles]; smaller than ``tile_size`` where a box sticks out."""
-        t, h, w = (self.axis_sizes(axis) for axis in range(3))
+        t, h, w = (self.axis_sizes(axis, device) for axis in range(3))
         return (t[:, None, None] * h[None, :, None] * w[None, None, :]).reshape(-1)
 
     def coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,9 +72,9 @@ class TileGrid:
         _, rows, columns = self.grid
         return tokens // (rows * columns), tokens // columns % rows, tokens % columns
 
-    def token_tile(self) -> Tensor:
+    def token_tile(self, device: torch.device | None = None) -> Tensor:
         """The tile of each token in frame, row, column order, int64 [num_tokens]."""
-        t, h, w = (torch.arange(size) // step for size, step in zip(self.grid, self.tile, strict=True))
+        t, h, w = (torch.arange(size, device=device) // step for size, step in zip(self.grid, self.tile, strict=True))
         _, tiles_h, tiles_w = self.tiles
         return ((t[:, None, None] * tiles_h + h[None, :, None]) * tiles_w + w[None, None, :]).reshape(-1)
 
@@ -101,10 +102,13 @@ class AxisWindows:
         return self.bounds[offset : offset + grid[axis]].long()
 
     def admitted(self, grid: Triple, axis: int, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which key coordinates each query coordinate admits on one axis: bool [queries, keys]."""
-        first, last = self.bounds_of(grid, axis)[queries].unbind(1)
-        inside = (keys >= first[:, None]) & (keys <= last[:, None])
-        return inside & ((keys - queries[:, None]) % self.dilation[axis] == 0)
+        """Which of the coordinates ``keys``, [..., K], each of ``queries``, [..., Q], admits: bool [..., Q, K]."""
+        first, last = self.bounds_of(grid, axis).to(keys.dtype)[queries][..., None].unbind(-2)
+        keys = keys[..., None, :]
+        inside = (keys >= first) & (keys <= last)
+        if self.dilation[axis] == 1:
+            return inside
+        return inside & ((keys - queries[..., None]) % self.dilation[axis] == 0)
 
     def joined(self, axes: list[Tensor]) -> Tensor:
         """The rule over all axes, from one mask per axis of shapes that broadcast."""
@@ -117,18 +121,21 @@ class BlockPlan:
     """Compact lists of the key tiles each query tile sees; never an L x L mask.
 
     Tokens lie as ``prefix`` text tokens, the grid in (frame, row, column) order, ``suffix`` text tokens. Text keys
-    are seen by every query and text queries see every key, so lists speak of grid tiles only.
+    are seen by every query and text queries see every key of the sequence, so lists speak of grid tiles only, and of
+    pooled tiles: ``tile_size`` consecutive ones of the pooled keys that a call brings along.
 
     Args:
         tiles: the grid and its tile.
         counts: int32 [B or 1, H or 1, Q], key tiles seen by each query tile (0 is allowed).
         partial: int32, the shape of ``counts``: how many of them, first in the list, need a mask inside the tile,
-            because the tile sticks out of the grid or ``window`` cuts it.
-        indices: int32 [B or 1, H or 1, Q, M], the key tiles, partial ones first, each part ascending; entries from
-            ``counts`` on are unspecified but in range.
+            because the tile sticks out of the grid, ``window`` cuts it or it is a pooled one.
+        indices: int32 [B or 1, H or 1, Q, M], the key tiles, partial ones first, each part ascending; pooled tile j
+            is number ``tiles.num_tiles + j`` and stands before all others; entries from ``counts`` on are
+            unspecified but in range.
         prefix: text tokens before the grid.
         suffix: text tokens after the grid.
         window: exact rule inside partial tiles; None keeps every pair of a listed tile.
+        pooled: how many pooled keys a call brings.
     """
 
     tiles: TileGrid
@@ -138,6 +145,7 @@ class BlockPlan:
     prefix: int = 0
     suffix: int = 0
     window: AxisWindows | None = None
+    pooled: int = 0
 
     def __post_init__(self) -> None:
         if self.indices.ndim != 4 or self.indices.shape[2] != self.tiles.num_tiles:
@@ -156,6 +164,11 @@ class BlockPlan:
         return self.prefix + self.tiles.num_tokens + self.suffix
 
     @property
+    def num_key_tiles(self) -> int:
+        """Tiles of the grid and of the pooled keys."""
+        return self.tiles.num_tiles - (-self.pooled // self.tiles.tile_size)
+
+    @property
     def device(self) -> torch.device:
         return self.indices.device
 
@@ -171,26 +184,46 @@ class BlockPlan:
         )
 
     def tile_mask(self) -> Tensor:
-        """Which key tiles each query tile sees, bool [B or 1, H or 1, Q, Q]."""
+        """Which key tiles each query tile sees, pooled ones last: bool [B or 1, H or 1, Q, num_key_tiles]."""
         return self._first_listed(self.counts)
 
     def partial_mask(self) -> Tensor:
-        """Which of them need a mask inside the tile, bool [B or 1, H or 1, Q, Q]."""
+        """Which of them need a mask inside the tile: bool [B or 1, H or 1, Q, num_key_tiles]."""
         return self._first_listed(self.partial)
 
     def _first_listed(self, counts: Tensor) -> Tensor:
         slots = torch.arange(self.indices.shape[-1], device=self.device)
-        mask = torch.zeros(*counts.shape, self.tiles.num_tiles, dtype=torch.int32, device=self.device)
+        mask = torch.zeros(*counts.shape, self.num_key_tiles, dtype=torch.int32, device=self.device)
         return mask.scatter_add_(-1, self.indices.long(), (slots < counts[..., None]).int()) > 0
 
     @cached_property
     def visual_density(self) -> float:
-        """Share of the grid's query-key pairs inside listed tiles (what is computed), text left out."""
+        """Share of the grid's query-key pairs inside listed tiles (what is computed), text left out.
+
+        Pairs with pooled keys count as any other.
+        """
         sizes = self.tiles.tile_tokens().to(self.device, torch.float64)
-        pairs = torch.einsum("bhqk,q,k->bh", self.tile_mask().double(), sizes, sizes)
+        pooled = torch.arange(0, self.pooled, self.tiles.tile_size, device=self.device)
+        pooled_sizes = (self.pooled - pooled).clamp(max=self.tiles.tile_size).double()
+        pairs = torch.einsum("bhqk,q,k->bh", self.tile_mask().double(), sizes, torch.cat([sizes, pooled_sizes]))
         return float(pairs.mean()) / self.tiles.num_tokens**2
 
     @property
     def density(self) -> float:
         """Share of all query-key pairs that are computed, text rows and columns included."""
         return joint_density(self.visual_density, self.tiles.num_tokens, self.prefix + self.suffix)
+
+
+class PooledKeys(NamedTuple):
+    """Keys that stand for many, as the means of log-linear and pyramid attention do.
+
+    A key of weight W counts as W equal keys: log W is added to its scores.
+
+    Args:
+        k, v: [B, P, H, D].
+        log_weights: natural log, float32 [B or 1, H or 1, Q or 1, P], per query tile; -inf hides a key from it.
+    """
+
+    k: Tensor
+    v: Tensor
+    log_weights: Tensor
