@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels import AxisWindows, BlockPlan, TileGrid, block_sparse_attention, can_run_triton
+from dit_accel.kernels import AxisWindows, BlockPlan, TileGrid, block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse import triton_forward
+from dit_accel.kernels.block_sparse.inputs import Inputs
 from dit_accel.kernels.block_sparse.reference import token_mask
+from dit_accel.kernels.block_sparse.triton_launch import Launch
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import plan_from_tile_mask, plan_from_windows
 
@@ -157,13 +160,29 @@ def test_a_query_without_keys_gives_zero_and_minus_infinity(backend: str, poison
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("scale", [1.0, 0.37, 0.0, -0.5])
 def test_scale_is_honoured(backend: str, scale: float) -> None:
     layout, tiles = layout_of("1x7x5", "1 before")
     plan = build("window", layout, tiles)
     q, k, v = inputs(layout)
     got = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend, return_lse=True)  # type: ignore[call-overload]
     assert_close(got, exact(q, k, v, token_mask(plan), scale))
+
+
+SPLITS = [(16, 16), (32, 16), (16, 32)]
+
+
+@pytest.mark.parametrize("kind", ["lists", "window"])
+@pytest.mark.parametrize("tile", [(1, 4, 8), (2, 3, 5)], ids=["powers of two", "odd tile"])
+@pytest.mark.parametrize(("rows", "columns"), SPLITS, ids=[f"{rows} x {columns}" for rows, columns in SPLITS])
+def test_parts_of_a_tile_make_the_whole(
+    rows: int, columns: int, tile: tuple[int, int, int], kind: str, poisoned_memory: None
+) -> None:
+    layout = TokenLayout((2, 6, 11), 19, "suffix")
+    plan = build(kind, layout, layout.boxes(tile), batch=1)
+    q, k, v = inputs(layout, batch=1)
+    got = triton_forward.forward(Inputs(q, k, v, plan, 0.3), Launch(rows, columns, 4, 1))
+    assert_close(got, exact(q, k, v, token_mask(plan), 0.3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,7 +243,5 @@ def test_bad_inputs_are_refused_in_one_sentence() -> None:
         block_sparse_attention(q, k, v, plan, backend="cuda")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="lists are for batch 1 and 3 heads"):
         block_sparse_attention(q, k, v, build("lists", layout, tiles, batch=1, heads=3))
-    with pytest.raises(ValueError, match=r"head dim of at most 128, got 160.*backend='torch'"):
-        can_run_triton(torch.empty(1, 35, 2, 160), plan, raise_error=True)
-    with pytest.raises(ValueError, match="no backward"):
-        block_sparse_attention(q.clone().requires_grad_(), k, v, plan, backend="triton")
+    with pytest.raises(ValueError, match=r"head dim of at most 128, got 160.*backend='auto'"):
+        can_run("triton", torch.empty(1, 35, 2, 160), plan, raise_error=True)
