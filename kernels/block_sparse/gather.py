@@ -1,176 +1,126 @@
-"""The portable backend: gather the keys of each query tile, then run torch's own attention on the short rows.
+"""The portable backend: gather the key tiles of each query tile, then plain batched matrix products.
 
-Query tiles that see the same key tiles form one *bundle* and share one gather; bundles of equal shape run as one
-batched call. The index tables depend on the plan alone and are kept as long as the plan lives.
+Tokens are first laid out tile by tile, so that a gather copies whole tiles. Query tiles that see equally many key tiles
+run together, a few at a time so that their scores stay in the caches. Nothing is kept between calls: lists may differ
+per head and from call to call.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan
+from dit_accel.kernels.block_sparse.inputs import Inputs
+from dit_accel.kernels.block_sparse.plan import PooledKeys
+from dit_accel.kernels.block_sparse.threads import each_on_one_thread
+from dit_accel.kernels.block_sparse.tile_bias import tile_bias
+from dit_accel.kernels.block_sparse.tiling import TileLists, equal_lists, key_tiles, query_tiles, tile_lists, untile
 
-# Gathered keys per call, in elements: small enough to stay near the caches, large enough to batch.
-CHUNK_ELEMENTS = 1 << 22
+# Elements of the keys laid out at a time, in whole heads: the allocator keeps pieces of this size for the next call.
+GROUP_ELEMENTS = 1 << 22
+# Scores at a time on one thread: few enough for the caches, many enough to be worth a turn of the interpreter.
+SCORES = 1 << 19
 
-
-@dataclass(frozen=True)
-class Bundles:
-    """Bundles of one shape, as positions on the grid (text left out).
-
-    Args:
-        queries: int64 [bundles, queries].
-        keys: int64 [bundles, keys].
-        mask: bool [bundles, queries, keys] where a window cuts tiles, else None.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor | None
+Rows = tuple[Tensor, Tensor, Tensor]  # numbers of query tiles among all heads' [N], output [N, T, D], LSE [N, T, 1]
 
 
-_TABLES: weakref.WeakKeyDictionary[BlockPlan, list[Bundles]] = weakref.WeakKeyDictionary()
+def needs(inputs: Inputs) -> str | None:
+    return None if inputs.precision == "native" else f"precision='native', got {inputs.precision!r}"
 
 
-def gather_attention(
-    q: Tensor,  # [B, L, H, D]
-    k: Tensor,  # [B, L, H, D]
-    v: Tensor,  # [B, L, H, D]
-    plan: BlockPlan,
-    scale: float,
-    text_lengths: Tensor | None,  # int32 [B]
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """Output [B, L, H, D] and, if asked for, LSE [B, H, L] in float32 (float64 for float64 inputs)."""
-    batch, length, heads, _ = q.shape
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if return_lse:
-        lse_dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = torch.full((batch, heads, length), -torch.inf, dtype=lse_dtype, device=q.device)
-    for items, head, part, text in _shares(plan, batch, text_lengths):
-        query, key, value, result = (x[items, :, head] for x in (q, k, v, out))
-        _attend_shared(query, key, value, result, None if lse is None else lse[items, head], part, scale, text)
+    batch, length, heads, dim = inputs.q.shape
+    out = inputs.q.new_empty(batch, length, heads, dim)
+    compute = torch.promote_types(inputs.q.dtype, torch.float32)
+    lse = inputs.q.new_empty(batch, length, heads, 1, dtype=compute) if inputs.with_lse else None
+    step = max(1, GROUP_ELEMENTS // (length * dim))
+    for item, first in itertools.product(range(batch), range(0, heads, step)):
+        group = slice(first, first + step)
+        part = _part(inputs, slice(item, item + 1), group)
+        tiles, tiles_lse = _attend(part)
+        untile(part, tiles, out[item, :, group])
+        if lse is not None:
+            untile(part, tiles_lse, lse[item, :, group])
+    return out, None if lse is None else lse[..., 0].transpose(1, 2)
+
+
+def _part(inputs: Inputs, item: slice, heads: slice) -> Inputs:
+    """One batch item and some of its heads."""
+
+    def lists(x: Tensor) -> Tensor:
+        x = x if x.shape[0] == 1 else x[item]
+        return x if x.shape[1] == 1 else x[:, heads]
+
+    plan, pooled = inputs.plan, inputs.pooled
+    if pooled is not None:
+        pooled = PooledKeys(pooled.k[item, :, heads], pooled.v[item, :, heads], lists(pooled.log_weights))
+    return replace(
+        inputs,
+        q=inputs.q[item, :, heads],
+        k=inputs.k[item, :, heads],
+        v=inputs.v[item, :, heads],
+        plan=replace(plan, counts=lists(plan.counts), partial=lists(plan.partial), indices=lists(plan.indices)),
+        text_lengths=None if inputs.text_lengths is None else inputs.text_lengths[item],
+        pooled=pooled,
+    )
+
+
+def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and LSE of one batch item's query tiles: [heads, query tiles, T, D] and [heads, query tiles, T, 1]."""
+    q = query_tiles(inputs)
+    k = key_tiles(inputs, inputs.k, inputs.pooled and inputs.pooled.k)
+    v = key_tiles(inputs, inputs.v, inputs.pooled and inputs.pooled.v)
+    heads, queries, size, dim = q.shape
+    together = max(1, SCORES // size**2)
+    bias = tile_bias(inputs)
+
+    def attend(lists: TileLists) -> list[Rows]:
+        added, most, found = bias.of(lists), max(1, together // lists.tiles.shape[1]), []
+        for start in range(0, lists.heads.shape[1], most):
+            some = slice(start, start + most)
+            rows = lists.heads[:, some] * queries + lists.queries[:, None]
+            keys = lists.heads[:, some, None] * k.shape[1] + lists.tiles[:, None]
+            gathered = _gather(q, rows), _gather(k, keys), _gather(v, keys)
+            part = None if added is None else added[:, some]
+            found.append((rows.flatten(), *_softmax_attention(*gathered, part, inputs.scale)))
+        return found
+
+    work = itertools.chain.from_iterable(equal_lists(lists, together) for lists in tile_lists(inputs))
+    recorded = any(x is not None and x.requires_grad for x in (q, k, v, bias.log_weights))
+    run = each_on_one_thread if q.is_cpu and not recorded else map
+    found = itertools.chain.from_iterable(run(attend, work))
+    without_keys = q.new_empty(0, dtype=torch.long), q.new_zeros(1, size, dim), q.new_full((1, size, 1), -torch.inf)
+    rows, out, lse = (torch.cat(x) for x in zip(*found, without_keys, strict=True))
+    source = torch.full((heads * queries,), len(rows), device=q.device)
+    source[rows] = torch.arange(len(rows), device=q.device)
+    out, lse = (x.index_select(0, source).unflatten(0, (heads, queries)) for x in (out, lse))
     return out, lse
 
 
-def _shares(plan: BlockPlan, batch: int, text_lengths: Tensor | None) -> Iterator[tuple[slice, slice, BlockPlan, int]]:
-    """Batch items and heads that share one list and one text length: (items, heads, plan, valid text tokens)."""
-    plans, per_head, _ = plan.counts.shape
-    text = plan.prefix + plan.suffix
-    lengths = [text] * batch if text_lengths is None else text_lengths.tolist()
-    together = plans == 1 and len(set(lengths)) == 1
-    for item in range(1 if together else batch):
-        items = slice(None) if together else slice(item, item + 1)
-        for head in range(per_head):
-            heads = slice(None) if per_head == 1 else slice(head, head + 1)
-            part = plan
-            if plans > 1 or per_head > 1:
-                pick = (slice(item, item + 1) if plans > 1 else slice(None), slice(head, head + 1))
-                part = replace(plan, counts=plan.counts[pick], partial=plan.partial[pick], indices=plan.indices[pick])
-            yield items, heads, part, lengths[item]
+def _gather(x: Tensor, tiles: Tensor) -> Tensor:
+    """Tiles of x, [heads, tiles, T, D], numbered over all heads, [lists, heads, ...], to [lists * heads, tokens, D]."""
+    picked = x.flatten(0, 1).flatten(1).index_select(0, tiles.flatten())
+    return picked.reshape(tiles.shape[0] * tiles.shape[1], -1, x.shape[-1])
 
 
-def _attend_shared(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: BlockPlan, scale: float, text: int
-) -> None:
-    """One list for all items and heads at hand; ``text`` valid text tokens are keys of every query."""
-    span = plan.prefix + plan.suffix
-    first_text = 0 if plan.prefix else plan.tiles.num_tokens
-    text_tokens = torch.arange(first_text, first_text + span, device=q.device)
-    if span:
-        visual = torch.arange(plan.prefix, plan.prefix + plan.tiles.num_tokens, device=q.device)
-        keys = torch.cat([visual, text_tokens[:text]])
-        _attend_rows(q, k, v, out, lse, text_tokens[None], keys[None], None, scale)
-    for bundles in _tables(plan):
-        keys = torch.cat([bundles.keys + plan.prefix, text_tokens[:text].expand(len(bundles.keys), -1)], 1)
-        mask = None if bundles.mask is None else F.pad(bundles.mask, (0, text), value=True)
-        if keys.shape[1]:
-            _attend_rows(q, k, v, out, lse, bundles.queries + plan.prefix, keys, mask, scale)
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [N, T, D] over k, v [N, keys, D]: output [N, T, D], LSE [N, T, 1].
 
-
-def _attend_rows(
-    q: Tensor,  # [B, L, H, D]
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,  # [B, H, L]
-    queries: Tensor,  # [U, M]
-    keys: Tensor,  # [U, K]
-    mask: Tensor | None,  # [U, M, K]
-    scale: float,
-) -> None:
-    """Attention of U groups of M queries over K keys each, written into ``out`` and ``lse``."""
-    batch, _, heads, dim = q.shape
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * dim * keys.shape[1]))
-    for start in range(0, len(queries), step):
-        rows, columns = queries[start : start + step], keys[start : start + step]
-        part = None if mask is None else mask[start : start + step].repeat(batch, 1, 1)[:, None]
-        gq, gk, gv = (
-            x[:, index.reshape(-1)].reshape(batch * len(rows), -1, heads, dim).transpose(1, 2)
-            for x, index in ((q, rows), (k, columns), (v, columns))
-        )
-        if lse is None:
-            got = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=part, scale=scale)
-        else:
-            got, got_lse = _attention_with_lse(gq, gk, gv, part, scale, lse.dtype)
-            got_lse = got_lse.reshape(batch, len(rows), heads, -1).transpose(1, 2)
-            lse[:, :, rows.reshape(-1)] = got_lse.reshape(batch, heads, -1)
-        if part is not None:  # a row whose every key is cut has no keys: zeros, not NaN
-            got = torch.where(part.any(-1, keepdim=True), got, 0.0)
-        out[:, rows.reshape(-1)] = got.transpose(1, 2).reshape(batch, -1, heads, dim)
-
-
-def _attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention that also gives its LSE, which torch's fused call does not."""
-    scores = (q.to(dtype) @ k.to(dtype).mT) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v.to(dtype)).to(q.dtype), scores.logsumexp(-1)
-
-
-def _tables(plan: BlockPlan) -> list[Bundles]:
-    if plan not in _TABLES:
-        _TABLES[plan] = [
-            Bundles(queries.to(plan.device), keys.to(plan.device), None if mask is None else mask.to(plan.device))
-            for queries, keys, mask in _build_tables(plan.to("cpu"))
-        ]
-    return _TABLES[plan]
-
-
-def _build_tables(plan: BlockPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Tables of a plan with one shared list, on the CPU: (queries, keys, mask) for each bundle shape."""
-    tile_tokens = plan.tiles.token_tile().argsort(stable=True).split(plan.tiles.tile_tokens().tolist())
-    lists: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
-    counts, partial, indices = (x[0, 0].tolist() for x in (plan.counts, plan.partial, plan.indices))
-    for tile, (count, cut, row) in enumerate(zip(counts, partial, indices, strict=True)):
-        lists[cut, tuple(row[:count])].append(tile)
-
-    shapes: dict[tuple[int, int, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = defaultdict(list)
-    for (cut, row), members in lists.items():
-        queries = torch.cat([tile_tokens[tile] for tile in members])
-        keys = torch.cat([tile_tokens[tile] for tile in row]) if row else torch.empty(0, dtype=torch.long)
-        mask = None
-        if plan.window is not None and cut:
-            mask = _window_mask(plan, plan.window, queries, keys)
-            mask[:, sum(len(tile_tokens[tile]) for tile in row[:cut]) :] = True
-        shapes[len(queries), len(keys), mask is not None].append((queries, keys, mask))
-    for bundles in shapes.values():
-        queries, keys = (torch.stack([bundle[part] for bundle in bundles]) for part in (0, 1))  # type: ignore[misc]
-        masks = [mask for _, _, mask in bundles if mask is not None]
-        yield queries, keys, torch.stack(masks) if masks else None
-
-
-def _window_mask(plan: BlockPlan, window: AxisWindows, queries: Tensor, keys: Tensor) -> Tensor:
-    """Which keys each query admits, bool [queries, keys]."""
-    coordinates = zip(plan.tiles.coordinates(queries), plan.tiles.coordinates(keys), strict=True)
-    return window.joined([window.admitted(plan.tiles.grid, axis, q, k) for axis, (q, k) in enumerate(coordinates)])
+    ``bias``, [lists, heads, T or 1, first keys] with N = lists * heads, is added to the scores of the first keys.
+    """
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+    if bias is not None:
+        scores.unflatten(0, bias.shape[:2])[..., : bias.shape[-1]] += bias
+    top = scores.detach().amax(-1, keepdim=True)
+    empty = top == -torch.inf if bias is not None else None
+    if empty is not None and bool(empty.any()):
+        scores = scores.masked_fill(empty, 0.0)
+    weights = scores.softmax(-1)
+    out = torch.bmm(weights, v)
+    # The largest weight is exp(top - LSE). Between equal scores the gradient of that is not the LSE's.
+    lse = scores.logsumexp(-1, True) if scores.requires_grad else top - weights.amax(-1, True).log()
+    return (out, lse) if empty is None else (out.masked_fill(empty, 0.0), lse.masked_fill(empty, -torch.inf))
