@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
+from dit_accel.kernels.selection.lists import lists_from_mask
 from dit_accel.layout import TokenLayout
 
 # Boxes of 128 tokens that a per-axis rule is cut into; earlier ones win ties.
@@ -33,22 +34,11 @@ def plan_from_tile_mask(
     if tiles.num_tokens != layout.visual_tokens:
         raise ValueError(f"tiles cover {tiles.num_tokens} tokens, the layout has {layout.visual_tokens} on its grid.")
     keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
-    full = (tiles.tile_tokens() == tiles.tile_size).to(keep.device)
-    whole = keep & full if whole is None else keep & full & whole.reshape(keep.shape)
-    partial = keep & ~whole
-    counts, partial_counts = keep.sum(-1), partial.sum(-1)
-    kept = max(1, int(counts.max()))
-    rank = 2 - partial.to(torch.int8) * 2 - whole.to(torch.int8)  # 0 partial, 1 whole, 2 not kept
-    indices = rank.argsort(dim=-1, stable=True)[..., :kept]
-    return BlockPlan(
-        tiles=tiles,
-        counts=counts.int(),
-        partial=partial_counts.int(),
-        indices=indices.int().contiguous(),
-        prefix=layout.prefix,
-        suffix=layout.suffix,
-        window=window,
-    )
+    partial = tiles.tile_tokens(keep.device) < tiles.tile_size
+    if whole is not None:
+        partial = partial | ~whole.reshape(keep.shape)
+    lists = lists_from_mask(keep, partial, max(1, int(keep.sum(-1).max())))
+    return BlockPlan(tiles, *lists, prefix=layout.prefix, suffix=layout.suffix, window=window)
 
 
 def plan_from_windows(layout: TokenLayout, tiles: TileGrid, windows: AxisWindows) -> BlockPlan:
