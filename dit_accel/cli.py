@@ -34,6 +34,7 @@ COMMANDS = {
         "tokens, tiles, densities and predicted speed-up of a method on a size, without weights",
         "dit-accel explain --model wan2.1-14b --method radial --height 768 --width 1280 --num-frames 69",
     ),
+    "bench": Command("bench", "speed of the operator and its peers, checked first", "dit-accel bench kernels --quick"),
     "list": Command("inspect", "methods with their options, models and presets", "dit-accel list"),
     "doctor": Command("doctor", "what this machine can run, and what is missing", "dit-accel doctor"),
 }

@@ -10,7 +10,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,6 +34,8 @@ def write_mp4(path: str | os.PathLike[str], frames: Frames, fps: float = 16.0, c
         fps: frames per second. Default 16.
         crf: x264's constant rate factor, lower is better. Default 16, visually lossless.
     """
+    import imageio_ffmpeg  # type: ignore[import-untyped] # only files of clips need it, tables do not
+
     clip = as_uint8(frames)
     _, height, width, _ = clip.shape
     clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.eval.speed import measure
+from dit_accel.eval.speed import measure, measure_in_turns
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> output, each [B, L, H, D]
 
@@ -75,22 +75,28 @@ def rates(
     if device.type not in _PROBES:
         raise ValueError(f"rates can be measured on cpu and cuda devices, got {device.type}.")
     probe = _PROBES[device.type]
-    side = torch.randn(probe.matmul_size, probe.matmul_size, device=device, dtype=dtype)
     qkv = torch.randn(3, 1, probe.tokens, probe.heads, head_dim, device=device, dtype=dtype)
     q, k, v = qkv.unbind()
-    sparse, density = make_sparse(probe.tokens)
-
-    def rate(fn: Callable[[], object], flops: float) -> float:
-        return flops / measure(fn, warmup=1, runs=3, device=device).median
-
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    sparse, density = make_sparse(probe.tokens)
+    times = measure_in_turns(
+        {"dense": lambda: scaled_dot_product_attention(query, key, value), "sparse": lambda: sparse(q, k, v)},
+        rounds=3,
+        device=device,
+    )
+    flops = attention_flops(probe.tokens, probe.heads, head_dim)
     return Rates(
-        matmul=rate(lambda: side @ side, 2.0 * probe.matmul_size**3),
-        dense=rate(
-            lambda: scaled_dot_product_attention(query, key, value),
-            attention_flops(probe.tokens, probe.heads, head_dim),
-        ),
-        sparse=rate(lambda: sparse(q, k, v), attention_flops(probe.tokens, probe.heads, head_dim, density)),
+        matmul=matmul_rate(device, dtype),
+        dense=flops / times["dense"].median,
+        sparse=flops * density / times["sparse"].median,
         tokens=probe.tokens,
         density=density,
     )
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square matrix product, the ceiling of what attention can reach."""
+    device = torch.device(device)
+    size = _PROBES[device.type].matmul_size
+    side = torch.randn(size, size, device=device, dtype=dtype)
+    return 2.0 * size**3 / measure(lambda: side @ side, warmup=1, runs=5, device=device).median

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,6 +97,7 @@ def measure(fn: Callable[[], object], warmup: int = 1, runs: int = 5, device: to
     if runs < 1 or warmup < 0:
         raise ValueError(f"runs must be at least 1 and warmup at least 0, got {runs} and {warmup}.")
     device = torch.device(device)
+    synchronize(device)
     warmup_seconds = sum(_time(fn, device) for _ in range(warmup))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -103,19 +106,71 @@ def measure(fn: Callable[[], object], warmup: int = 1, runs: int = 5, device: to
     return Timing(statistics.median(seconds), _iqr(seconds), seconds, warmup_seconds, peak)
 
 
+def measure_in_turns(
+    fns: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    turn_seconds: float = 0.0,
+    device: torch.device | str = "cpu",
+    on_turn: Callable[[str, float, float], None] = lambda name, begin, end: None,
+) -> dict[str, Timing]:
+    """Times several callables against each other: A B C, C B A, ..., so that a drifting clock meets all of them.
+
+    The order turns around each round: a GPU at its power limit carries one kernel's heat into the next one's turn.
+
+    On a GPU the L2 cache is overwritten before each turn, and meanwhile the host queues the calls: what is timed is the
+    device. Each callable runs twice before (compilation, tuning).
+
+    Args:
+        fns: what to time, by name.
+        rounds: turns of each callable; a turn's seconds are the mean of its calls. Default 5.
+        turn_seconds: a turn is as many calls in a row as last this long, at least one. Default one call.
+        device: where the work happens.
+        on_turn: is told each turn's name and its begin and end by ``time.time()``.
+
+    Raises:
+        ValueError: when ``rounds`` is less than 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    device = torch.device(device)
+    scratch = torch.empty(1 << 28 if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+    warmup, calls, peaks = {}, {}, {}
+    for name, fn in fns.items():
+        first = _time(fn, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        second = _time(fn, device)
+        warmup[name], calls[name] = first + second, max(1, math.ceil(turn_seconds / max(second, 1e-6)))
+        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    for number in range(rounds):
+        turns = list(fns.items())
+        for name, fn in turns if number % 2 == 0 else reversed(turns):
+            begin = time.time()
+            scratch.zero_()
+            seconds[name].append(_time(fn, device, calls[name]))
+            on_turn(name, begin, time.time())
+    return {
+        name: Timing(statistics.median(runs), _iqr(tuple(runs)), tuple(runs), warmup[name], peaks[name])
+        for name, runs in seconds.items()
+    }
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the work queued on ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _time(fn: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
+def _time(fn: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one of ``calls`` in a row, from when the device is done with what was queued before."""
     before = mark(device)
-    fn()
+    for _ in range(calls):
+        fn()
     after = mark(device)
     synchronize(device)
-    return seconds_between(before, after)
+    return seconds_between(before, after) / calls
 
 
 def _iqr(seconds: tuple[float, ...]) -> float:

@@ -1,0 +1,134 @@
+"""`dit-accel bench`: the block-sparse operator against its peers on one machine, in turns, and the picture of it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from dit_accel.eval.bench.cases import Case, MakePlan, random_cases
+from dit_accel.eval.bench.operators import DEFAULT, OPERATORS, Operator
+from dit_accel.eval.bench.report import append, facts, plot, read, table
+from dit_accel.eval.bench.run import Effort, bench_case
+from dit_accel.eval.rates import matmul_rate
+from dit_accel.kernels import BlockPlan
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.grat import GRATAttnProcessor
+from dit_accel.methods.neighborhood import NeighborhoodAttnProcessor
+from dit_accel.methods.radial import RadialAttnProcessor
+
+WAN = TokenLayout((21, 45, 80))
+CLIP = TokenLayout((30, 48, 80))
+FLUX = TokenLayout((1, 256, 256))
+HUNYUAN = TokenLayout((33, 45, 80), 256, "suffix")
+SMALL = TokenLayout((5, 14, 22), 21, "prefix")
+
+# Published settings where the name says whose; the others at a density near that of their papers.
+GPU_METHODS: tuple[tuple[str, AttnMethod, TokenLayout, int, bool], ...] = (
+    ("radial", RadialAttnProcessor(), WAN, 40, True),
+    ("neighborhood", NeighborhoodAttnProcessor(density=0.2), WAN, 40, False),
+    ("grat", GRATAttnProcessor(density=0.2), WAN, 40, False),
+    ("NATTEN clip, stride 16x8x8", NeighborhoodAttnProcessor(window=(18, 24, 24), stride=(16, 8, 8)), CLIP, 24, True),
+    ("NATTEN clip, stride 1", NeighborhoodAttnProcessor(window=(18, 24, 24)), CLIP, 24, True),
+    ("sliding tiles", NeighborhoodAttnProcessor(window=(18, 24, 24), stride=(6, 8, 8)), CLIP, 24, False),
+    ("NATTEN Flux 4K", NeighborhoodAttnProcessor(window=(1, 80, 80), stride=(1, 16, 16)), FLUX, 24, True),
+    ("radial, HunyuanVideo", RadialAttnProcessor(sink=False), HUNYUAN, 24, False),
+)
+CPU_METHODS: tuple[tuple[str, AttnMethod, TokenLayout, int, bool], ...] = (
+    ("neighborhood", NeighborhoodAttnProcessor(window=(3, 7, 9)), SMALL, 2, True),
+)
+EFFORTS = {  # by device and whether it is the short run
+    ("cuda", False): Effort(rounds=5, turn_seconds=0.25),
+    ("cuda", True): Effort(rounds=3, turn_seconds=0.25),
+    ("cpu", False): Effort(rounds=5, turn_seconds=0.0),
+    ("cpu", True): Effort(rounds=3, turn_seconds=0.0),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    kernels = actions.add_parser("kernels", help="time the operator and its peers; every speed is checked first")
+    kernels.add_argument("--output", type=Path, help="append JSON lines, one per operator and case, to this file")
+    kernels.add_argument("--cases", default="", help="only those whose name holds this text")
+    kernels.add_argument("--operators", help=f"comma-separated, of {', '.join(OPERATORS)}")
+    kernels.add_argument("--quick", action="store_true", help="a few cases, fewer rounds")
+    picture = actions.add_parser("plot", help="draw TFLOP/s against density from records")
+    picture.add_argument("records", type=Path, help="what `bench kernels --output` wrote")
+    picture.add_argument("--output", type=Path, help="the PNG (default: beside the records)")
+
+
+def run(options: argparse.Namespace) -> int:
+    return _plot(options) if options.action == "plot" else _kernels(options)
+
+
+def _plot(options: argparse.Namespace) -> int:
+    path = options.output or options.records.with_suffix(".png")
+    plot(read(options.records), path)
+    print(f"picture: {path}")
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    operators = _operators(options.operators, device)
+    cases = [case for case in all_cases(device) if options.cases in case.name and (case.quick or not options.quick)]
+    if not cases:
+        names = "; ".join(case.name for case in all_cases(device))
+        raise ValueError(f"no case matches --cases {options.cases!r}; there are {names}.")
+    matmul = matmul_rate(device, dtype) / 1e12
+    shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul)
+    print(f"{shared['machine'].get('gpu', shared['machine']['cpu'])}, matrix product {matmul:.3g} TFLOP/s")
+    wrong = False
+    for case in cases:
+        rows = bench_case(case, operators, device, dtype, EFFORTS[device.type, options.quick])
+        print(f"\n{case.name}\n{table(rows)}")
+        wrong |= any(row["error"] is not None and row["refused"] is not None for row in rows)
+        if options.output:
+            append(options.output, rows, shared)
+    if options.output:
+        print(f"\nrecords: {options.output}")
+    return 1 if wrong else 0
+
+
+def _operators(names: str | None, device: torch.device) -> list[Operator]:
+    wanted = names.split(",") if names else DEFAULT[device.type]
+    for name in wanted:
+        if name not in OPERATORS:
+            raise ValueError(f"there is no operator {name!r}; choose of {', '.join(OPERATORS)}.")
+    return [OPERATORS[name] for name in wanted]
+
+
+def all_cases(device: torch.device) -> list[Case]:
+    """Random lists, and the plans of the static methods."""
+    table = GPU_METHODS if device.type == "cuda" else CPU_METHODS
+    return [*random_cases(device), *(_method_case(*entry, device=device) for entry in table)]
+
+
+def _method_case(
+    label: str, method: AttnMethod, layout: TokenLayout, heads: int, quick: bool, *, device: torch.device
+) -> Case:
+    head_dim = 128 if device.type == "cuda" else 32
+    return Case(
+        name=f"{label}, {layout.num_tokens:,} tokens, {heads} heads, D={head_dim}",
+        group="",
+        layout=layout,
+        heads=heads,
+        head_dim=head_dim,
+        make_plan=_plan_of(method, layout),
+        density=layout.joint_density(method.ideal_density(layout)),
+        quick=quick,
+    )
+
+
+def _plan_of(method: AttnMethod, layout: TokenLayout) -> MakePlan:
+    def make(device: torch.device) -> BlockPlan:
+        plan = method.plan(layout)
+        assert plan is not None, "every method here is sparse on its layout"
+        return plan.to(device)
+
+    return make

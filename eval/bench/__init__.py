@@ -1,0 +1,1 @@
+"""The block-sparse operator against its peers: cases, operators, timing, tables and pictures."""
