@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dit_accel
-from dit_accel.kernels import BACKENDS
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import METHODS, make_method
 from dit_accel.pipelines import shapes
 
+BACKENDS = ("reference", "torch", "triton")
 SPARSE = [name for name in METHODS if name != "dense"]
 
 

@@ -34,7 +34,7 @@ ROOMS = (  # from the top: a room imports from itself and from those below it
 MODEL_SIDE = sum(ROOMS[2:5], ())  # from plugin down to interception
 MODEL_LIBRARIES = ("accelerate", "diffusers", "transformers")
 KERNEL_LIBRARIES = {"torch", "triton", "dit_accel"}
-OPTIONAL = {"flash_attn", "gradio", "matplotlib", "skimage", "torchmetrics", "xformers"}
+OPTIONAL = {"cutlass", "flash_attn", "gradio", "matplotlib", "skimage", "torchmetrics", "xformers"}
 DIFFUSERS_INTERNALS = {"_AttentionBackendRegistry", "_active_backend", "_attention_backend", "_parallel_config"}
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL"} | OPTIONAL
 

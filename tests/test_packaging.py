@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RELINK = SimpleNamespace(**runpy.run_path(str(ROOT / ".typing" / "relink.py")))
 FOLDERS: dict[str, Path] = RELINK.package_folders(ROOT)
 TOP = ("dit_accel", "kernels", "pipelines", "eval", "demo")
-IMPORT_NAMES = {"flash-attn-4": "flash_attn", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"flash-attn-4": "flash_attn", "nvidia-cutlass-dsl": "cutlass", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def source_files() -> list[Path]:
