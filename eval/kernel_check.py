@@ -33,6 +33,9 @@ from dit_accel.kernels.block_sparse import backends
 from dit_accel.kernels.block_sparse.inputs import Inputs
 
 Record = dict[str, Any]
+# Rows of a gradient may be off by three times dense attention's, as in flash-attention's own tests: the kernels' output,
+# rounded to 16 bits, enters them once more.
+GRADIENT_ROWS = 3.0
 ERRORS = ("error", "dense_error", "row_error", "dense_row_error")
 
 
@@ -95,10 +98,10 @@ def record_of(case: Case, device: str) -> Record:
         forward, gradients = run_case(case, device)
     except Exception as error:  # a kernel may fail in any way, and the record is to say so
         return row | {"passed": False, "raised": f"{type(error).__name__}: {str(error).strip()[:400]}"}
-    row |= asdict(forward) | {"passed": forward.every_row_passed}
+    row |= asdict(forward) | {"passed": forward.every_row_passed()}
     if gradients is not None:
         row |= {f"gradient_{name}": getattr(gradients, name) for name in ERRORS}
-        row["passed"] = forward.every_row_passed and gradients.every_row_passed
+        row["passed"] = forward.every_row_passed() and gradients.every_row_passed(GRADIENT_ROWS)
     return row
 
 

@@ -69,7 +69,7 @@ def failures(cases: list[Case]) -> list[tuple[Case, object]]:
     found = []
     for case in cases:
         forward, gradients = run_case(case, "cpu")
-        if not forward.every_row_passed or (gradients is not None and not gradients.every_row_passed):
+        if not forward.every_row_passed() or (gradients is not None and not gradients.every_row_passed()):
             found.append((case, (forward, gradients)))
     return found
 
@@ -124,7 +124,7 @@ def test_the_check_sees(fault: Callable[[Inputs, Tensor, Tensor], None], monkeyp
     case = next(c for c in drawn if c.kind == "random lists" and not c.text_tokens and not c.gradients and not c.pooled)
     case = replace(case, grid=(2, 5, 6), tile=(1, 3, 5))
     outcome = run_case(case, "cpu")[0]
-    assert outcome.every_row_passed and outcome.empty_rows
+    assert outcome.every_row_passed() and outcome.empty_rows
 
     def faulty(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
         out, lse = right(inputs, backend)
@@ -133,7 +133,7 @@ def test_the_check_sees(fault: Callable[[Inputs, Tensor, Tensor], None], monkeyp
 
     right = kernel_check.attend
     monkeypatch.setattr(kernel_check, "attend", faulty)
-    assert not run_case(case, "cpu")[0].every_row_passed
+    assert not run_case(case, "cpu")[0].every_row_passed()
 
 
 def test_the_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

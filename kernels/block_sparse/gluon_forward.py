@@ -79,7 +79,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     tensors = [inputs.q, inputs.k, inputs.v, *([pooled.k, pooled.v] if pooled else [])]
     inside = all(_readable(x, heads_inside=True) for x in tensors)
     if not inside and not all(_readable(x, heads_inside=False) for x in tensors):
-        tensors = [x.contiguous() for x in tensors]
+        # Not contiguous(), which leaves a dense tensor at an address that is no multiple of 16 where it is.
+        tensors = [x.clone(memory_format=torch.contiguous_format) for x in tensors]
         inside = True
     q, k, v = tensors[:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
