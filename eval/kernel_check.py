@@ -33,8 +33,8 @@ from dit_accel.kernels.block_sparse import backends
 from dit_accel.kernels.block_sparse.inputs import Inputs
 
 Record = dict[str, Any]
-# Rows of a gradient may be off by three times dense attention's, as in flash-attention's own tests: the kernels' output,
-# rounded to 16 bits, enters them once more.
+# Rows of a gradient may be off by three times dense attention's, as in flash-attention's own tests: the kernels'
+# output, rounded to 16 bits, enters them once more.
 GRADIENT_ROWS = 3.0
 ERRORS = ("error", "dense_error", "row_error", "dense_row_error")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.inputs import Inputs
-from dit_accel.kernels.block_sparse.plan import PooledKeys
+from dit_accel.kernels.block_sparse.plan import BlockPlan, PooledKeys, TileGrid
 from dit_accel.kernels.block_sparse.threads import each_on_one_thread
 from dit_accel.kernels.block_sparse.tile_bias import tile_bias
 from dit_accel.kernels.block_sparse.tiling import TileLists, equal_lists, key_tiles, query_tiles, tile_lists, untile
@@ -33,6 +33,7 @@ def needs(inputs: Inputs) -> str | None:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """Output [B, L, H, D] and, if asked for, LSE [B, H, L] in float32 (float64 for float64 inputs)."""
+    inputs = replace(inputs, plan=_tight(inputs.plan))
     batch, length, heads, dim = inputs.q.shape
     out = inputs.q.new_empty(batch, length, heads, dim)
     compute = torch.promote_types(inputs.q.dtype, torch.float32)
@@ -46,6 +47,17 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         if lse is not None:
             untile(part, tiles_lse, lse[item, :, group])
     return out, None if lse is None else lse[..., 0].transpose(1, 2)
+
+
+def _tight(plan: BlockPlan) -> BlockPlan:
+    """The same plan without what tiles longer than an axis reach beyond it."""
+    tiles = plan.tiles
+    t, h, w = (min(side, size) for side, size in zip(tiles.tile, tiles.grid, strict=True))
+    if plan.pooled or (t, h, w) == tiles.tile:  # a tile of pooled keys is as large as the plan's
+        return plan
+    tight = TileGrid(tiles.grid, (t, h, w))
+    full = plan.window is None and tight.num_tiles * tight.tile_size == tight.num_tokens
+    return replace(plan, tiles=tight, partial=torch.zeros_like(plan.partial) if full else plan.partial)
 
 
 def _part(inputs: Inputs, item: slice, heads: slice) -> Inputs:
@@ -77,19 +89,22 @@ def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
     heads, queries, size, dim = q.shape
     together = max(1, SCORES // size**2)
     bias = tile_bias(inputs)
+    merge = inputs.plan.counts.shape[1] == 1 and inputs.pooled is None  # lists that hold for all heads alike
 
     def attend(lists: TileLists) -> list[Rows]:
-        added, most, found = bias.of(lists), max(1, together // lists.tiles.shape[1]), []
+        same = lists.queries.shape[1]
+        added, most, found = bias.of(lists), max(1, together // (lists.tiles.shape[1] * same)), []
         for start in range(0, lists.heads.shape[1], most):
             some = slice(start, start + most)
-            rows = lists.heads[:, some] * queries + lists.queries[:, None]
+            rows = lists.heads[:, some, None] * queries + lists.queries[:, None]
             keys = lists.heads[:, some, None] * k.shape[1] + lists.tiles[:, None]
             gathered = _gather(q, rows), _gather(k, keys), _gather(v, keys)
             part = None if added is None else added[:, some]
-            found.append((rows.flatten(), *_softmax_attention(*gathered, part, inputs.scale)))
+            results = _softmax_attention(*gathered, part, inputs.scale)
+            found.append((rows.flatten(), *(x.unflatten(1, (same, size)).flatten(0, 1) for x in results)))
         return found
 
-    work = itertools.chain.from_iterable(equal_lists(lists, together) for lists in tile_lists(inputs))
+    work = itertools.chain.from_iterable(equal_lists(lists, together, merge=merge) for lists in tile_lists(inputs))
     recorded = any(x is not None and x.requires_grad for x in (q, k, v, bias.log_weights))
     run = each_on_one_thread if q.is_cpu and not recorded else map
     found = itertools.chain.from_iterable(run(attend, work))

@@ -32,17 +32,17 @@ class TileBias:
     log_weights: Tensor | None
 
     def of(self, lists: TileLists) -> Tensor | None:
-        """Bias on the first scores of lists of one length, [lists, heads, T or 1, keys]; None if they need none."""
+        """Bias on the first scores of lists of one length, [lists, heads, queries or 1, keys]; None if none."""
         cut = int(lists.biased.max())
         if not cut:
             return None
         tiles, grid = lists.tiles[:, :cut], self.cut.num_tiles
         bias = self.hidden[tiles].flatten(1)[:, None, None]
-        if lists.queries[0] < grid:  # text sees every key of the sequence
+        if lists.queries[0, 0] < grid:  # text sees every key of the sequence
             if self.log_weights is not None:
                 pooled = (tiles >= grid) & (tiles < grid + self.log_weights.shape[2])
                 number = torch.where(pooled, tiles - grid, 0)
-                weights = self.log_weights[lists.heads[..., None], lists.queries[:, None, None], number[:, None]]
+                weights = self.log_weights[lists.heads[..., None], lists.queries[:, :, None], number[:, None]]
                 bias = bias + torch.where(pooled[:, None, :, None], weights, 0.0).flatten(2)[:, :, None]
             if self.window is not None:
                 slots = torch.arange(cut, device=tiles.device)
@@ -52,7 +52,7 @@ class TileBias:
 
     def _cut_out(self, window: AxisWindows, queries: Tensor, tiles: Tensor, whole: Tensor) -> Tensor:
         """-inf where ``window`` cuts tiles that are not ``whole``, else 0: [lists, T, keys]."""
-        query, key = self.positions[queries], self.positions[torch.where(whole, 0, tiles)].flatten(1)
+        query, key = self.positions[queries].flatten(1), self.positions[torch.where(whole, 0, tiles)].flatten(1)
         axes = zip(self.cut.coordinates(query), self.cut.coordinates(key), strict=True)
         kept = window.joined([window.admitted(self.cut.grid, axis, q, k) for axis, (q, k) in enumerate(axes)])
         kept |= whole.repeat_interleave(self.cut.tile_size, 1)[:, None]

@@ -6,6 +6,7 @@ full is filled up with zeros.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class TileLists(NamedTuple):
     """Key tiles seen by query tiles, text included. Int64 tensors whose first dimension is the lists.
 
     Args:
-        queries: [lists], the query tile of each list.
+        queries: [lists, same], the query tiles that a list holds for.
         heads: [lists, heads], the heads it holds for.
         counts: [lists], its key tiles.
         biased: [lists], how many of them, first in the list, need a bias on their scores.
@@ -45,7 +46,7 @@ def tile_lists(inputs: Inputs) -> list[TileLists]:
     heads = torch.arange(inputs.q.shape[2], device=device)
     full_text = _valid_text(inputs) == text * size
     lists = TileLists(
-        queries=torch.arange(grid, device=device).repeat(per_head),
+        queries=torch.arange(grid, device=device).repeat(per_head)[:, None],
         heads=heads.reshape(per_head, -1).repeat_interleave(grid, 0),
         counts=counts + text,
         biased=torch.where(partial > 0, partial + text, 0 if full_text else text),
@@ -55,19 +56,37 @@ def tile_lists(inputs: Inputs) -> list[TileLists]:
         return [lists]
     everything = torch.cat([text_tiles, torch.arange(grid, device=device)]).expand(text, -1)
     counts = torch.full((text,), text + grid, device=device)
-    queries = torch.arange(grid, grid + text, device=device)
+    queries = torch.arange(grid, grid + text, device=device)[:, None]
     return [lists, TileLists(queries, heads.expand(text, -1), counts, counts, everything)]
 
 
-def equal_lists(lists: TileLists, tile_pairs: int) -> Iterator[TileLists]:
-    """Lists of one length each, at most ``tile_pairs`` pairs of tiles together; empty lists are left out."""
+def equal_lists(lists: TileLists, tile_pairs: int, *, merge: bool) -> Iterator[TileLists]:
+    """Lists of one length each, at most ``tile_pairs`` pairs of tiles together; empty lists are left out.
+
+    With ``merge`` equal lists become one, whose keys are then gathered once for several query tiles.
+    """
     order = (lists.counts * (lists.counts.max() + 1) + lists.biased).argsort()
     counts, runs = lists.counts[order].unique_consecutive(return_counts=True)
     for count, run in zip(counts.tolist(), order.split(runs.tolist()), strict=True):
         if count:
-            for part in run.split(max(1, tile_pairs // (count * lists.heads.shape[1]))):
-                picked = TileLists(*(x[part] for x in lists))
-                yield picked._replace(tiles=picked.tiles[:, :count])
+            picked = TileLists(*(x[run] for x in lists))
+            picked = picked._replace(tiles=picked.tiles[:, :count])
+            for same in _merged(picked, max(1, tile_pairs // count)) if merge else [picked]:
+                pairs = count * same.heads.shape[1] * same.queries.shape[1]
+                for part in torch.arange(len(same.counts)).split(max(1, tile_pairs // pairs)):
+                    yield TileLists(*(x[part] for x in same))
+
+
+def _merged(lists: TileLists, most: int) -> Iterator[TileLists]:
+    """Equal lists as one with at most ``most`` query tiles; those with equally many together."""
+    rows = torch.cat([lists.tiles, lists.biased[:, None]], 1)
+    _, number, sizes = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    groups = number.argsort(stable=True).split(sizes.tolist())
+    pieces = sorted((piece for group in groups for piece in group.split(most)), key=len)
+    for _, alike in itertools.groupby(pieces, key=len):
+        members = torch.stack(list(alike))
+        first = TileLists(*(x[members[:, 0]] for x in lists))
+        yield first._replace(queries=lists.queries[members, 0])
 
 
 def _valid_text(inputs: Inputs) -> int:
