@@ -96,6 +96,8 @@ GPU_LISTS = (
     RandomLists((1, 1, 65_536), 6, 64, (0.1,), training=True),
 )
 CPU_LISTS = (
+    RandomLists((1, 1, 4_096), 8, 64, (0.5, 0.3, 0.1)),
+    RandomLists((1, 1, 8_192), 8, 128, (0.3,)),
     RandomLists((1, 1, 1_000), 2, 32, (1.0, 0.5, 0.25), quick=(0.25,)),
     RandomLists((3, 14, 22), 2, 32, (0.5, 0.25), box=(1, 8, 16), text_tokens=21, quick=(0.25,)),
 )
