@@ -21,7 +21,7 @@ class PoolLaunch(NamedTuple):
     num_warps: int
 
 
-LAUNCH = PoolLaunch(16, 1024, 8)
+LAUNCH = PoolLaunch(16, 256, 4)
 
 
 @triton.jit(do_not_specialize=["heads", "T", "H", "W", "num_tiles", "prefix"])
