@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_accel.kernels import AxisWindows, BlockPlan, PooledKeys, TileGrid, block_sparse_attention
+from dit_accel.eval.kernel_check import attend
+from dit_accel.kernels import AxisWindows, BlockPlan, PooledKeys, TileGrid
 from dit_accel.kernels.block_sparse import triton_backward, triton_forward
 from dit_accel.kernels.block_sparse.inputs import Inputs
 from dit_accel.kernels.block_sparse.reference import reference_attention
@@ -106,21 +107,6 @@ def leaves_of(inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[Inputs,
     q, k, v, *pooled = leaves
     keys = PooledKeys(pooled[0], pooled[1], inputs.pooled.log_weights) if inputs.pooled else None
     return replace(inputs, q=q, k=k, v=v, pooled=keys), leaves
-
-
-def attend(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = block_sparse_attention(  # type: ignore[call-overload]
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.plan,
-        scale=inputs.scale,
-        text_lengths=inputs.text_lengths,
-        pooled=inputs.pooled,
-        backend=backend,
-        return_lse=True,
-    )
-    return out
 
 
 def loss_of(out: Tensor, lse: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ MAX_SPILLED = {
 def assembled() -> dict[str, dict[str, int]]:
     """What ptxas says of each kernel. In a process of its own: here Triton may have been told to interpret."""
     version = tuple(map(int, triton.__version__.split(".")[:2]))
+    # With any other release `needs` refuses the backend, so no user meets the kernels.
     if not TRITONS[0] <= version <= TRITONS[1]:
         pytest.skip(f"the kernels are not offered with triton {triton.__version__}")
     run = subprocess.run(

@@ -21,7 +21,6 @@ TILE = 128
 SCALES = 32  # float32 words per tile: the 128 bytes that a copy to shared memory is aligned to
 # Float8 scores are summed in float16: D * 16 * 16 stays below its end for the 128 channels of a head.
 TOPS = {torch.float8_e4m3fn: 16.0, torch.int8: 127.0}
-TOP_VALUE = 448.0
 SAMPLE = 16384  # keys per head that their mean is taken of, about
 ROWS = 512  # of them, keys per program
 
