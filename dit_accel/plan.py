@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple, in_disc
 from dit_accel.kernels.selection.lists import lists_from_mask
 from dit_accel.layout import TokenLayout
 
@@ -47,12 +49,9 @@ def plan_from_windows(layout: TokenLayout, tiles: TileGrid, windows: AxisWindows
     The rule is judged per axis, on at most a few hundred coordinates each, and the axes are then combined over
     tiles: no token-level mask is built.
     """
-    touched, covered = [], []
-    for axis in range(3):
-        any_pair, all_pairs = _axis_tiles(windows, tiles, axis)
-        touched.append(any_pair)
-        covered.append(all_pairs)
-    keep, whole = _over_tiles(windows, touched), _over_tiles(windows, covered)
+    axes = [_axis_tiles(windows, tiles, axis) for axis in range(3)]
+    keep = _over_tiles(windows, [axis.touched for axis in axes], [axis.nearest for axis in axes])
+    whole = _over_tiles(windows, [axis.covered for axis in axes], [axis.farthest for axis in axes])
     return plan_from_tile_mask(layout, tiles, keep, whole, None if bool((whole == keep).all()) else windows)
 
 
@@ -79,17 +78,28 @@ def windows_density(tiles: TileGrid, windows: AxisWindows) -> float:
 
 def _touched_share(tiles: TileGrid, windows: AxisWindows, weights: list[Tensor]) -> float:
     """Share of tile pairs that ``windows`` touches, a tile weighing the product of its ``weights`` per axis."""
-    kept = missed = 1.0
-    for axis, weight in enumerate(weights):
-        touched, _ = _axis_tiles(windows, tiles, axis)
-        weight = weight.double()
-        share = float(weight @ touched.double() @ weight / weight.sum() ** 2)
-        kept, missed = kept * share, missed * (1 - share)
-    return 1 - missed if windows.union else kept
+    axes = [_axis_tiles(windows, tiles, axis) for axis in range(3)]
+    weights = [weight.double() / weight.sum() for weight in weights]
+    shares = [float(w @ axis.touched.double() @ w) for axis, w in zip(axes, weights, strict=True)]
+    if windows.radius is not None:
+        rows, columns = (_shares_by_distance(axes[axis], weights[axis]) for axis in (1, 2))
+        within = in_disc(torch.arange(len(rows))[:, None], torch.arange(len(columns)), windows.radius)
+        return shares[0] * float(rows @ within.double() @ columns)
+    frame, row, column = shares
+    return 1 - (1 - frame) * (1 - row) * (1 - column) if windows.union else frame * row * column
 
 
-def _axis_tiles(windows: AxisWindows, tiles: TileGrid, axis: int) -> tuple[Tensor, Tensor]:
-    """From coordinates to tiles of one axis, bool [tiles, tiles]: does any pair of a tile pair pass, do all of them?
+class _AxisTiles(NamedTuple):
+    """Pairs of tiles of one axis, each [tiles, tiles]."""
+
+    touched: Tensor  # bool: some pair of coordinates is admitted
+    covered: Tensor  # bool: every pair is
+    nearest: Tensor  # int64: least distance of an admitted pair; unspecified where there is none
+    farthest: Tensor  # int64: largest distance of any pair
+
+
+def _axis_tiles(windows: AxisWindows, tiles: TileGrid, axis: int) -> _AxisTiles:
+    """From coordinates to tiles of one axis.
 
     Judged per query coordinate and key tile, by the first admitted key at or after the tile's start.
     """
@@ -98,26 +108,42 @@ def _axis_tiles(windows: AxisWindows, tiles: TileGrid, axis: int) -> tuple[Tenso
     first, last, query = first[:, None], last[:, None], torch.arange(size)[:, None]
     start = torch.arange(count) * step
     end = (start + step).clamp(max=size) - 1
-    begin = torch.maximum(first, start)
+    begin, stop = torch.maximum(first, start), torch.minimum(last, end)
     dilation = windows.dilation[axis]
-    touched = begin + (query - begin) % dilation <= torch.minimum(last, end)
+    touched = begin + (query - begin) % dilation <= stop
     covered = touched & (first <= start) & (last >= end) & ((start == end) | (dilation == 1))
-    beyond = (0, 0, 0, count * step - size)
-    return (
-        F.pad(touched, beyond, value=False).reshape(count, step, count).any(1),
-        F.pad(covered, beyond, value=True).reshape(count, step, count).all(1),
+    gap = torch.maximum(begin - query, query - stop).clamp(min=0)
+    nearest = torch.where(touched, -(-gap // dilation) * dilation, 2 * size)
+    farthest = torch.maximum((query - start).abs(), (query - end).abs())
+
+    def by_tile(x: Tensor, beyond: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, count * step - size), value=beyond).reshape(count, step, count)
+
+    return _AxisTiles(
+        by_tile(touched, False).any(1),
+        by_tile(covered, True).all(1),
+        by_tile(nearest, 2 * size).amin(1),
+        by_tile(farthest, 0).amax(1),
     )
 
 
-def _over_tiles(windows: AxisWindows, axes: list[Tensor]) -> Tensor:
-    """Tile masks of three axes to one over tiles in (frame, row, column) order: bool [Q, Q]."""
-    frame, row, column = axes
-    joined = windows.joined(
-        [
-            frame[:, None, None, :, None, None],
-            row[None, :, None, None, :, None],
-            column[None, None, :, None, None, :],
-        ]
-    )
-    tiles = len(frame) * len(row) * len(column)
-    return joined.reshape(tiles, tiles)
+def _shares_by_distance(axis: _AxisTiles, weight: Tensor) -> Tensor:
+    """Share of tile pairs of an axis by the distance of their nearest admitted pair, float64 [distances]."""
+    pairs = weight[:, None] * weight
+    return torch.bincount(axis.nearest[axis.touched], pairs[axis.touched]).double()
+
+
+def _over_tiles(windows: AxisWindows, axes: list[Tensor], distances: list[Tensor]) -> Tensor:
+    """Tile masks and distances of three axes to one mask over tiles in (frame, row, column) order: bool [Q, Q]."""
+    kept = windows.joined([_spread(mask, axis) for axis, mask in enumerate(axes)])
+    if windows.radius is not None:
+        kept = kept & in_disc(_spread(distances[1], 1), _spread(distances[2], 2), windows.radius)
+    tiles = len(axes[0]) * len(axes[1]) * len(axes[2])
+    return kept.reshape(tiles, tiles)
+
+
+def _spread(x: Tensor, axis: int) -> Tensor:
+    """[tiles, tiles] of one axis with dimensions for the others: three of queries, then three of keys."""
+    shape = [1] * 6
+    shape[axis] = shape[3 + axis] = len(x)
+    return x.reshape(shape)

@@ -50,7 +50,7 @@ class Assembled(NamedTuple):
 
 
 def spec(tile: tuple[int, int, int], dim: int = 128, flat: bool = False, **features: bool) -> Spec:
-    names = ("ragged", "window", "union", "dilated", "text", "text_lengths", "pooled")
+    names = ("ragged", "window", "union", "dilated", "disc", "text", "text_lengths", "pooled")
     options: dict[str, Any] = {name: features.get(name, False) for name in names}
     return Spec(
         tile=tile,
@@ -127,6 +127,7 @@ EVERYTHING = {"ragged": True, "window": True, "text": True, "text_lengths": True
 KERNELS: dict[str, Callable[[], Assembled]] = {
     "16-bit raster": lambda: sixteen_bit(spec((1, 1, 128), flat=True)),
     "16-bit everything": lambda: sixteen_bit(spec((4, 4, 8), **EVERYTHING)),
+    "16-bit disc": lambda: sixteen_bit(spec((1, 8, 16), ragged=True, window=True, disc=True, text=True)),
     "fp8 raster": lambda: eight_bit(spec((1, 1, 128), flat=True)),
     "fp8 boxes, head dim 64": lambda: eight_bit(spec((4, 4, 8), dim=64, ragged=True)),
     "fp8 everything": lambda: eight_bit(spec((4, 4, 8), **EVERYTHING)),

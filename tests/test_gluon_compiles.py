@@ -23,6 +23,7 @@ MAX_SHARED = 227 * 1024  # bytes that a CTA of a Hopper GPU can have
 MAX_SPILLED = {
     "16-bit raster": 64,
     "16-bit everything": 1200,
+    "16-bit disc": 400,
     "fp8 raster": 16,
     "fp8 boxes, head dim 64": 64,
     "fp8 everything": 2400,

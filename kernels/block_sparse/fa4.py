@@ -24,6 +24,8 @@ def needs(inputs: Inputs) -> str | None:
         return f"a Hopper GPU, got tensors on {torch.cuda.get_device_name(q.device) if q.is_cuda else q.device}"
     if inputs.pooled is not None:
         return "a plan without pooled keys"
+    if inputs.plan.window is not None and inputs.plan.window.radius is not None:
+        return f"a plan without a disc, got radius {inputs.plan.window.radius}"
     if inputs.precision != "native":
         return f"precision='native', got {inputs.precision!r}"
     if q.dtype not in (torch.float16, torch.bfloat16):

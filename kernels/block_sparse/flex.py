@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from dit_accel.kernels.block_sparse.blocks import Blocks, Lists, blocks_of
 from dit_accel.kernels.block_sparse.inputs import Inputs
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, in_disc
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch item, head, query, key -> kept
 KERNEL_TILE = 128  # the compiled kernel's own tiles divide this
@@ -98,7 +98,7 @@ def kept(inputs: Inputs, blocks: Blocks) -> MaskMod:
     if window is None or blocks.bounds is None:
         return is_key
     bounds, coordinates = blocks.bounds, blocks.coordinates
-    dilation, joined = window.dilation, _rule(window)
+    dilation, radius, joined = window.dilation, window.radius, _rule(window)
 
     def in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         axes = []
@@ -108,7 +108,11 @@ def kept(inputs: Inputs, blocks: Blocks) -> MaskMod:
             if dilation[axis] > 1:
                 inside = inside & ((key - coordinates[axis, q]) % dilation[axis] == 0)
             axes.append(inside)
-        return keys[b, k] & (text[q] | text[k] | joined(axes))
+        inside = joined(axes)
+        if radius is not None:
+            rows, columns = (coordinates[axis, q] - coordinates[axis, k] for axis in (1, 2))
+            inside = inside & in_disc(rows, columns, radius)
+        return keys[b, k] & (text[q] | text[k] | inside)
 
     return in_window
 

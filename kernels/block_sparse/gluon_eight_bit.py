@@ -322,7 +322,7 @@ def eight_bit_forward(
     scale, per_frame, per_row,
     heads, num_tiles, text_tiles, text_items, num_items, text_size, text_start, prefix, length,
     T, H, W, tiles_h, tiles_w, width, list_item, list_head, guard, pooled_size,
-    weights_item, weights_head, weights_row, dilation_t, dilation_h, dilation_w, text_first,
+    weights_item, weights_head, weights_row, dilation_t, dilation_h, dilation_w, radius, text_first,
     S: gl.constexpr,
 ):  # fmt: skip
     halves: gl.constexpr = S.dim // 64
@@ -367,7 +367,7 @@ def eight_bit_forward(
     sizes = (heads, num_tiles, text_tiles, text_items)
     grid = (T, H, W, tiles_h, tiles_w, per_frame, per_row)
     pooled = (log_weights, pooled_size, weights_item, weights_head, weights_row)
-    rules = (bounds, (dilation_t, dilation_h, dilation_w), pooled)
+    rules = (bounds, (dilation_t, dilation_h, dilation_w), pooled, radius)
     rows = (q_bufs, k_bufs, v_bufs, ones, words, q_words)
     outs = (out_desc, text_out, out_bufs, out_spans, out_rows, lse, length, prefix, text_start)
     fill_q: gl.constexpr = _fill_queries

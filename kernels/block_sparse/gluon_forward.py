@@ -127,6 +127,7 @@ def spec_of(inputs: Inputs, heads_inside: bool) -> Spec:
         window=window is not None,
         union=window is not None and window.union,
         dilated=window is not None and max(window.dilation) > 1,
+        disc=window is not None and window.radius is not None,
         text=inputs.text > 0,
         text_lengths=inputs.text_lengths is not None,
         pooled=inputs.pooled is not None,
@@ -156,7 +157,7 @@ def arguments_of(inputs: Inputs, lse: Tensor) -> tuple[tuple[int], tuple[Any, ..
         inputs.scale * LOG2_E, 1.0 / (tiles_h * tiles_w), 1.0 / tiles_w,
         heads, tiles.num_tiles, text_tiles, text_items, items, inputs.text, inputs.text_start, plan.prefix, length,
         *tiles.grid, tiles_h, tiles_w, plan.indices.shape[-1], list_item, list_head, 0, plan.pooled,
-        *weight_strides, *(window.dilation if window else (1, 1, 1)),
+        *weight_strides, *((*window.dilation, window.radius or 0) if window else (1, 1, 1, 0)),
     )  # fmt: skip
     return (min(processors, items),), arguments
 

@@ -407,7 +407,7 @@ def _consumer(
 SIZES = (
     "heads", "num_tiles", "text_tiles", "text_items", "num_items", "text_size", "text_start", "prefix", "length",
     "T", "H", "W", "tiles_h", "tiles_w", "width", "list_item", "list_head", "guard", "pooled_size",
-    "weights_item", "weights_head", "weights_row", "dilation_t", "dilation_h", "dilation_w",
+    "weights_item", "weights_head", "weights_row", "dilation_t", "dilation_h", "dilation_w", "radius",
 )  # fmt: skip
 
 
@@ -418,7 +418,7 @@ def block_sparse_forward(
     scale, per_frame, per_row,
     heads, num_tiles, text_tiles, text_items, num_items, text_size, text_start, prefix, length,
     T, H, W, tiles_h, tiles_w, width, list_item, list_head, guard, pooled_size,
-    weights_item, weights_head, weights_row, dilation_t, dilation_h, dilation_w,
+    weights_item, weights_head, weights_row, dilation_t, dilation_h, dilation_w, radius,
     S: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -462,7 +462,7 @@ def block_sparse_forward(
     sizes = (heads, num_tiles, text_tiles, text_items)
     grid = (T, H, W, tiles_h, tiles_w, per_frame, per_row)
     pooled = (log_weights, pooled_size, weights_item, weights_head, weights_row)
-    rules = (bounds, (dilation_t, dilation_h, dilation_w), pooled)
+    rules = (bounds, (dilation_t, dilation_h, dilation_w), pooled, radius)
     rows = (q_rows, k_rows, v_rows)
     outs = (out_desc, text_out, out_bufs, out_spans, out_rows, lse, length, prefix, text_start)
     fill_q: gl.constexpr = _fill_queries

@@ -1,4 +1,4 @@
-"""Which pairs of a partial tile the Hopper kernels hide: outside the grid, outside a window, text padding, pooled keys.
+"""Which pairs of a partial tile the Hopper kernels hide: outside the grid, a window or its disc, text padding, pooled.
 
 Only consumers use this, in the masked steps. What a mask needs is looked up while the scores are still being computed.
 """
@@ -73,6 +73,17 @@ def look_up(key_tile, place, half: gl.constexpr, rules, grid, layout: gl.constex
 
 
 @gluon.jit
+def _in_disc(jh, jw, found, place, half: gl.constexpr, radius, grid, layout: gl.constexpr, S: gl.constexpr):
+    """Which pairs lie in the disc, [M, 128], in float32 as in ``in_disc``; all where a query follows no rule."""
+    _, qh, qw, seen = _queries(place, half, grid, layout, S)
+    edge = radius.to(gl.float32)
+    edge = gl.where(seen, edge * edge, float("inf"))
+    rows = (found[1] + jh).to(gl.float32)[None, :] - qh.to(gl.float32)[:, None]
+    columns = (found[2] + jw).to(gl.float32)[None, :] - qw.to(gl.float32)[:, None]
+    return rows * rows + columns * columns < edge[:, None]
+
+
+@gluon.jit
 def mask_grid(s, found, place, half: gl.constexpr, rules, grid, S: gl.constexpr):
     """Hides keys of a grid tile: those outside the grid, and those outside a query's window."""
     kt, kh, kw, in_t, in_h, in_w = found
@@ -91,7 +102,10 @@ def mask_grid(s, found, place, half: gl.constexpr, rules, grid, S: gl.constexpr)
             admitted = admits_t | admits_h | admits_w
         else:
             admitted = admits_t & admits_h & admits_w
-        s = gl.where((admitted & 1) != 0, s, HIDDEN)
+        admitted = (admitted & 1) != 0
+        if S.disc:
+            admitted = admitted & _in_disc(jh, jw, found, place, half, rules[3], grid, rows, S)
+        s = gl.where(admitted, s, HIDDEN)
     if S.ragged and (S.union or not S.window):  # else the window has hidden them
         inside = (jt < grid[0] - kt) & (jh < grid[1] - kh) & (jw < grid[2] - kw)
         s = gl.where(inside[None, :], s, HIDDEN)

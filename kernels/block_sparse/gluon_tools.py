@@ -34,7 +34,7 @@ class Spec:
         heads_inside: heads lie side by side in the last dimension of the descriptors, else in the first.
         masked: some tile may need a mask.
         ragged: some tile may stick out of the grid.
-        window, union, dilated: the rule inside partial tiles.
+        window, union, dilated, disc: the rule inside partial tiles.
         text, text_lengths: there is a text span, with lengths per batch item.
         pooled: lists may name pooled keys.
     """
@@ -49,6 +49,7 @@ class Spec:
     window: bool
     union: bool
     dilated: bool
+    disc: bool
     text: bool
     text_lengths: bool
     pooled: bool

@@ -35,6 +35,7 @@ class Call(NamedTuple):
     suffix: int
     dilation: Triple
     union: bool
+    radius: int | None
     scale: float
     backend: str
     precision: Precision
@@ -44,7 +45,7 @@ _TENSORS = 8  # of a Call
 _CALL = (
     "Tensor counts, Tensor partial, Tensor indices, Tensor? bounds, Tensor? text_lengths, "
     "Tensor? pooled_k, Tensor? pooled_v, Tensor? log_weights, "
-    "SymInt[] grid, SymInt[] tile, SymInt prefix, SymInt suffix, SymInt[] dilation, bool union, "
+    "SymInt[] grid, SymInt[] tile, SymInt prefix, SymInt suffix, SymInt[] dilation, bool union, SymInt? radius, "
     "float scale, str backend, str precision"
 )
 # Not by torch.library.custom_op, which adds a frame of Python to every call.
@@ -90,11 +91,11 @@ def run(
 def _described(plan: BlockPlan) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Tensors and shape of a plan, as they stand in a ``Call``."""
     window, tiles = plan.window, plan.tiles
-    bounds, dilation, union = None, (1, 1, 1), False
+    bounds, dilation, union, radius = None, (1, 1, 1), False, None
     if window is not None:
-        bounds, dilation, union = window.bounds, window.dilation, window.union
+        bounds, dilation, union, radius = window.bounds, window.dilation, window.union, window.radius
     lists = (plan.counts, plan.partial, plan.indices, bounds)
-    return lists, (tiles.grid, tiles.tile, plan.prefix, plan.suffix, dilation, union)
+    return lists, (tiles.grid, tiles.tile, plan.prefix, plan.suffix, dilation, union, radius)
 
 
 def _call(arguments: Sequence[Any]) -> Call:
@@ -107,9 +108,10 @@ def _plan(call: Call) -> BlockPlan:
     known = _PLANS.get(id(call.indices))
     if known is not None and known.pooled == pooled:
         lists, shape = _described(known)
-        if all(mine is given for mine, given in zip(lists, call, strict=False)) and shape == call[8:14]:
+        same_lists = all(mine is given for mine, given in zip(lists, call, strict=False))
+        if same_lists and shape == call[_TENSORS : _TENSORS + len(shape)]:
             return known
-    window = None if call.bounds is None else AxisWindows(call.bounds, call.dilation, call.union)
+    window = None if call.bounds is None else AxisWindows(call.bounds, call.dilation, call.union, call.radius)
     counts, partial, indices = (x.contiguous() for x in (call.counts, call.partial, call.indices))
     return BlockPlan(TileGrid(call.grid, call.tile), counts, partial, indices, call.prefix, call.suffix, window, pooled)
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Triple = tuple[int, int, int]
+Coordinates = tuple[Tensor, Tensor, Tensor]  # (frame, row, column)
+MAX_RADIUS = 4096  # its square is the last up to which float32 counts every integer
+Share = TypeVar("Share", float, Tensor)
 
 
-def joint_density(visual_density: float, grid_tokens: int, text_tokens: int) -> float:
+def joint_density(visual_density: Share, grid_tokens: int, text_tokens: int) -> Share:
     """A share of the grid's pairs as a share of all pairs, where text sees and is seen by everything."""
     text_pairs = 2 * grid_tokens * text_tokens + text_tokens**2
     return (visual_density * grid_tokens**2 + text_pairs) / (grid_tokens + text_tokens) ** 2
+
+
+def in_disc(rows: Tensor, columns: Tensor, radius: int) -> Tensor:
+    """Whether distances along rows and columns, integers that broadcast, lie in the disc rows^2 + columns^2 < radius^2.
+
+    In float32, as in the kernels: exact near the edge of a disc of at most ``MAX_RADIUS``, and never wrapped around.
+    """
+    return rows.float().square() + columns.float().square() < radius**2
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class TileGrid:
         t, h, w = (self.axis_sizes(axis, device) for axis in range(3))
         return (t[:, None, None] * h[None, :, None] * w[None, None, :]).reshape(-1)
 
-    def coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coordinates(self, tokens: Tensor) -> Coordinates:
         """(frame, row, column) of tokens given by their position on the grid."""
         _, rows, columns = self.grid
         return tokens // (rows * columns), tokens // columns % rows, tokens % columns
@@ -84,17 +96,29 @@ class AxisWindows:
     """An exact rule inside tiles, one interval per axis and query coordinate.
 
     On axis ``a`` a query at coordinate x admits a key at coordinate y when ``first <= y <= last`` and
-    ``(y - x) % dilation[a] == 0``. A pair is kept when all axes admit it, or any axis if ``union``.
+    ``(y - x) % dilation[a] == 0``. A pair is kept when all axes admit it, or any axis if ``union``. With ``radius`` a
+    pair that all axes admit is kept only if it lies in the disc ``rows**2 + columns**2 < radius**2`` as well, where
+    rows and columns are its distances along these axes.
 
     Args:
         bounds: int32 [frames + rows + columns, 2], (first, last) inclusive; the three axes one after the other.
         dilation: step between admitted keys per axis.
         union: keep a pair that any single axis admits.
+        radius: of the disc, in tokens, at most ``MAX_RADIUS``; None: no disc.
     """
 
     bounds: Tensor
     dilation: Triple = (1, 1, 1)
     union: bool = False
+    radius: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.radius is not None and not 1 <= self.radius <= MAX_RADIUS:
+            raise ValueError(f"radius must be from 1 to {MAX_RADIUS} tokens, got {self.radius}.")
+        if self.radius is not None and self.union:
+            raise ValueError(
+                "a disc narrows windows that every axis admits, got union=True; leave radius or union out."
+            )
 
     def bounds_of(self, grid: Triple, axis: int) -> Tensor:
         """(first, last) of each query coordinate on one axis, int64 [size, 2]."""
@@ -110,10 +134,18 @@ class AxisWindows:
             return inside
         return inside & ((keys - queries[..., None]) % self.dilation[axis] == 0)
 
-    def joined(self, axes: list[Tensor]) -> Tensor:
-        """The rule over all axes, from one mask per axis of shapes that broadcast."""
+    def joined(self, axes: Sequence[Tensor]) -> Tensor:
+        """The rule over all axes but for the disc, from one mask per axis of shapes that broadcast."""
         frame, row, column = axes
         return frame | row | column if self.union else frame & row & column
+
+    def kept(self, grid: Triple, queries: Coordinates, keys: Coordinates) -> Tensor:
+        """Which pairs the whole rule keeps, bool [..., Q, K], from the coordinates of queries, [..., Q], and keys."""
+        kept = self.joined([self.admitted(grid, axis, queries[axis], keys[axis]) for axis in range(3)])
+        if self.radius is None:
+            return kept
+        rows, columns = (queries[axis][..., None] - keys[axis][..., None, :] for axis in (1, 2))
+        return kept & in_disc(rows, columns, self.radius)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +234,25 @@ class BlockPlan:
 
         Pairs with pooled keys count as any other.
         """
-        sizes = self.tiles.tile_tokens().to(self.device, torch.float64)
-        pooled = torch.arange(0, self.pooled, self.tiles.tile_size, device=self.device)
-        pooled_sizes = (self.pooled - pooled).clamp(max=self.tiles.tile_size).double()
-        pairs = torch.einsum("bhqk,q,k->bh", self.tile_mask().double(), sizes, torch.cat([sizes, pooled_sizes]))
-        return float(pairs.mean()) / self.tiles.num_tokens**2
+        return float(self._visual_share())
 
     @property
     def density(self) -> float:
         """Share of all query-key pairs that are computed, text rows and columns included."""
         return joint_density(self.visual_density, self.tiles.num_tokens, self.prefix + self.suffix)
+
+    def computed_share(self) -> Tensor:
+        """``density`` as a float64 tensor on the plan's device, which nobody waits for."""
+        return joint_density(self._visual_share(), self.tiles.num_tokens, self.prefix + self.suffix)
+
+    def _visual_share(self) -> Tensor:
+        device = self.device
+        pooled = torch.arange(0, self.pooled, self.tiles.tile_size, device=device)
+        sizes = self.tiles.tile_tokens(device)
+        key_sizes = torch.cat([sizes, (self.pooled - pooled).clamp(max=self.tiles.tile_size)]).int()
+        listed = torch.arange(self.indices.shape[-1], device=device) < self.counts[..., None]
+        keys = torch.where(listed, key_sizes[self.indices.long()], 0).sum(-1)
+        return (keys * sizes).sum(-1).double().mean() / self.tiles.num_tokens**2
 
 
 class PooledKeys(NamedTuple):

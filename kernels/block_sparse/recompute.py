@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -21,17 +21,27 @@ Forward = Callable[[Inputs], tuple[Tensor, Tensor | None]]
 def recomputed(forward: Forward, inputs: Inputs, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Gradients of ``forward`` at ``inputs``."""
     pooled = inputs.pooled
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        keys = pooled and PooledKeys(rows[0], rows[1], pooled.log_weights)
+        return forward(replace(inputs, q=q, k=k, v=v, pooled=keys, with_lse=grad_lse is not None))
+
     rows = (inputs.q, inputs.k, inputs.v) if pooled is None else (inputs.q, inputs.k, inputs.v, pooled.k, pooled.v)
+    return Gradients(*differentiated(run, rows, (grad_out, grad_lse)))
+
+
+def differentiated(
+    run: Callable[..., tuple[Tensor | None, ...]], rows: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """Gradients at each of ``rows`` of ``run(*rows)``, given those of its results; for use inside an operator."""
     with _autograd():
-        q, k, v, *pooled_rows = leaves = [x.detach().requires_grad_() for x in rows]
-        pooled = pooled and PooledKeys(pooled_rows[0], pooled_rows[1], pooled.log_weights)
-        out, lse = forward(replace(inputs, q=q, k=k, v=v, pooled=pooled, with_lse=grad_lse is not None))
-        pairs = [(out, grad_out), (lse, grad_lse)]
-        pairs = [(x, g) for x, g in pairs if x is not None and g is not None and x.requires_grad]
+        leaves = [x.detach().requires_grad_() for x in rows]
+        pairs = [(x, g) for x, g in zip(run(*leaves), gradients, strict=True) if x is not None and g is not None]
+        pairs = [(x, g) for x, g in pairs if x.requires_grad]
         if not pairs:  # empty lists: the results are constants
-            return Gradients(*map(torch.zeros_like, leaves))
-        results, gradients = zip(*pairs, strict=True)
-        return Gradients(*torch.autograd.grad(results, leaves, gradients, allow_unused=True, materialize_grads=True))
+            return [torch.zeros_like(x) for x in leaves]
+        results, given = zip(*pairs, strict=True)
+        return torch.autograd.grad(results, leaves, given, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def token_mask(plan: BlockPlan, queries: Tensor | None = None) -> Tensor:
     kept = plan.tile_mask()[..., tile[position], :][..., tile]
     if plan.window is not None:
         cut = plan.partial_mask()[..., tile[position], :][..., tile]
-        kept &= _window(plan, position) | ~cut
+        keys = torch.arange(grid, device=plan.device)
+        coordinates = plan.tiles.coordinates(position), plan.tiles.coordinates(keys)
+        kept &= plan.window.kept(plan.tiles.grid, *coordinates) | ~cut
     mask = kept.new_ones(*kept.shape[:3], length)
     mask[..., plan.prefix : plan.prefix + grid] = kept | ~visual[:, None]
     return mask
@@ -84,16 +86,3 @@ def needs(inputs: Inputs) -> str | None:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return reference_attention(inputs)
-
-
-def _window(plan: BlockPlan, queries: Tensor) -> Tensor:
-    """The window's rule for grid positions ``queries``, bool [queries, grid tokens]."""
-    assert plan.window is not None
-    grid = plan.tiles.grid
-    axes = []
-    for axis, coordinate in enumerate(plan.tiles.coordinates(queries)):
-        shape = [len(queries), 1, 1, 1]
-        shape[1 + axis] = grid[axis]
-        keys = torch.arange(grid[axis], device=queries.device)
-        axes.append(plan.window.admitted(grid, axis, coordinate, keys).reshape(shape))
-    return plan.window.joined(axes).expand(-1, *grid).flatten(1)

@@ -53,8 +53,7 @@ class TileBias:
     def _cut_out(self, window: AxisWindows, queries: Tensor, tiles: Tensor, whole: Tensor) -> Tensor:
         """-inf where ``window`` cuts tiles that are not ``whole``, else 0: [lists, T, keys]."""
         query, key = self.positions[queries].flatten(1), self.positions[torch.where(whole, 0, tiles)].flatten(1)
-        axes = zip(self.cut.coordinates(query), self.cut.coordinates(key), strict=True)
-        kept = window.joined([window.admitted(self.cut.grid, axis, q, k) for axis, (q, k) in enumerate(axes)])
+        kept = window.kept(self.cut.grid, self.cut.coordinates(query), self.cut.coordinates(key))
         kept |= whole.repeat_interleave(self.cut.tile_size, 1)[:, None]
         return torch.zeros_like(kept, dtype=self.hidden.dtype).masked_fill_(~kept, -torch.inf)
 

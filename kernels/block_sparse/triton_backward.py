@@ -19,6 +19,8 @@ from dit_accel.kernels.block_sparse.triton_tiles import (
     pack_entries,
     padded,
     pooled_rows,
+    rule_flags,
+    rule_sizes,
     unit_stride,
 )
 
@@ -123,8 +125,8 @@ def _of_queries(call: _Call, launch: Launch) -> Tensor:
         *pooled_k.stride()[:3], *pooled_v.stride()[:3], *weights.stride()[:3],
         *list_strides(plan.counts), plan.indices.shape[-1], inputs.scale, inputs.scale * LOG2_E,
         heads, length, *plan.tiles.grid, plan.tiles.num_tiles, plan.pooled, plan.prefix, inputs.text,
-        inputs.text_start, *_dilation(inputs), *plan.tiles.tile, block, launch.rows, launch.columns, dim,
-        padded(dim), *_rule(inputs), inputs.text_lengths is not None, inputs.pooled is not None, _precision(call.q),
+        inputs.text_start, *rule_sizes(plan), *plan.tiles.tile, block, launch.rows, launch.columns, dim,
+        padded(dim), *rule_flags(plan), inputs.text_lengths is not None, inputs.pooled is not None, _precision(call.q),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return dq
@@ -145,7 +147,7 @@ def _of_keys(call: _Call, keys: _Keys, lists: _Lists, launch: Launch) -> tuple[T
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in keys[:2])
     _, _, weights = pooled_rows(inputs)
     block, launch = fit(launch, plan.tiles)
-    window, union, dilated = (False, False, False) if keys.pooled else _rule(inputs)
+    flags = (False, False, False, False) if keys.pooled else rule_flags(plan)
     ragged = plan.tiles.tile_size != block or any(g % t for g, t in zip(plan.tiles.grid, plan.tiles.tile, strict=True))
     programs = (triton.cdiv(keys.text, launch.rows) + keys.num_tiles * (block // launch.rows)) * heads * batch
     key_gradients[(programs,)](
@@ -155,8 +157,8 @@ def _of_keys(call: _Call, keys: _Keys, lists: _Lists, launch: Launch) -> tuple[T
         *weights.stride()[:3], *list_strides(lists.spans), *list_strides(lists.queries),
         inputs.scale, inputs.scale * LOG2_E,
         heads, keys.k.shape[1], *plan.tiles.grid, keys.first_tile, keys.num_tiles, plan.tiles.num_tiles, plan.prefix,
-        inputs.text, keys.text, inputs.text_start, *_dilation(inputs), *plan.tiles.tile, block, launch.rows,
-        launch.columns, dim, padded(dim), ragged, window, union, dilated, inputs.text_lengths is not None,
+        inputs.text, keys.text, inputs.text_start, *rule_sizes(plan), *plan.tiles.tile, block, launch.rows,
+        launch.columns, dim, padded(dim), ragged, *flags, inputs.text_lengths is not None,
         keys.pooled, _precision(call.q),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -170,16 +172,6 @@ def _side_tensors(inputs: Inputs) -> tuple[Tensor, Tensor]:
         counts if window is None else window.bounds,
         counts if inputs.text_lengths is None else inputs.text_lengths,
     )
-
-
-def _dilation(inputs: Inputs) -> tuple[int, int, int]:
-    return inputs.plan.window.dilation if inputs.plan.window else (1, 1, 1)
-
-
-def _rule(inputs: Inputs) -> tuple[bool, bool, bool]:
-    """The kernels' WINDOW, UNION and DILATED."""
-    window = inputs.plan.window
-    return window is not None, window is not None and window.union, max(_dilation(inputs)) > 1
 
 
 def _precision(q: Tensor) -> str | None:

@@ -24,7 +24,7 @@ from dit_accel.kernels.block_sparse.triton_tiles import (
 
 _SIZES = [
     "stride_list_b", "stride_list_h", "stride_weight_b", "stride_weight_h", "stride_weight_q", "heads", "length",
-    "T", "H", "W", "num_tiles", "prefix", "text", "text_start", "dilation_t", "dilation_h", "dilation_w",
+    "T", "H", "W", "num_tiles", "prefix", "text", "text_start", "dilation_t", "dilation_h", "dilation_w", "radius",
 ]  # fmt: skip
 
 
@@ -114,10 +114,10 @@ def query_gradients(
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh, stride_pkb, stride_pkl, stride_pkh, stride_pvb, stride_pvl, stride_pvh,
     stride_weight_b, stride_weight_h, stride_weight_q, stride_list_b, stride_list_h, max_kept, scale, scale_log2,
-    heads, length, T, H, W, num_tiles, pooled, prefix, text, text_start, dilation_t, dilation_h, dilation_w,
+    heads, length, T, H, W, num_tiles, pooled, prefix, text, text_start, dilation_t, dilation_h, dilation_w, radius,
     TT: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr,
+    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr, DISC: tl.constexpr,
     TEXT_LENGTHS: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = BLOCK // COLUMNS  # per listed tile
@@ -169,7 +169,7 @@ def query_gradients(
             pairs = pairs & window_pairs(
                 qt[:, None], qh[:, None], qw[:, None], kt[None, :], kh[None, :], kw[None, :],
                 first_t[:, None], last_t[:, None], first_h[:, None], last_h[:, None], first_w[:, None],
-                last_w[:, None], dilation_t, dilation_h, dilation_w, UNION, DILATED,
+                last_w[:, None], dilation_t, dilation_h, dilation_w, radius, UNION, DILATED, DISC,
             )  # fmt: skip
         dq = _query_step(
             q, do, shift, delta, k_ptr, v_ptr, prefix + position, offset, valid, pairs, shift,
@@ -210,10 +210,10 @@ def key_gradients(
     stride_gb, stride_gl, stride_gh, stride_weight_b, stride_weight_h, stride_weight_q,
     stride_list_b, stride_list_h, stride_entries_b, stride_entries_h, scale, scale_log2,
     heads, keys, T, H, W, first_tile, num_tiles, query_tiles, prefix, text, keys_text, text_start,
-    dilation_t, dilation_h, dilation_w,
+    dilation_t, dilation_h, dilation_w, radius,
     TT: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
-    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr,
+    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr, DISC: tl.constexpr,
     TEXT_LENGTHS: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sequence's keys, or with POOLED of the pooled ones, whose tiles start at ``first_tile``.
@@ -265,7 +265,7 @@ def key_gradients(
             pairs = window_pairs(
                 qt[None, :], qh[None, :], qw[None, :], kt[:, None], kh[:, None], kw[:, None],
                 first_t[None, :], last_t[None, :], first_h[None, :], last_h[None, :], first_w[None, :],
-                last_w[None, :], dilation_t, dilation_h, dilation_w, UNION, DILATED,
+                last_w[None, :], dilation_t, dilation_h, dilation_w, radius, UNION, DILATED, DISC,
             )  # fmt: skip
             dk, dv = _key_step(
                 k, v, q_ptr, grad_ptr, stats_ptr, prefix + position, offset, q_tile * BLOCK + start, valid, pairs,

@@ -26,6 +26,8 @@ from dit_accel.kernels.block_sparse.triton_tiles import (
     pooled_entries,
     pooled_rows,
     query_bounds,
+    rule_flags,
+    rule_sizes,
     store_rows,
     unit_stride,
     window_pairs,
@@ -72,7 +74,7 @@ def _attend(
     do_not_specialize=[
         "stride_list_b", "stride_list_h", "max_kept", "stride_weight_b", "stride_weight_h", "stride_weight_q",
         "heads", "length", "T", "H", "W", "num_tiles", "pooled", "prefix", "text", "text_start",
-        "dilation_t", "dilation_h", "dilation_w",
+        "dilation_t", "dilation_h", "dilation_w", "radius",
     ]
 )  # fmt: skip
 def block_sparse_forward(
@@ -81,10 +83,10 @@ def block_sparse_forward(
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_pkb, stride_pkl, stride_pkh, stride_pvb, stride_pvl, stride_pvh,
     stride_weight_b, stride_weight_h, stride_weight_q, stride_list_b, stride_list_h, max_kept, scale_log2,
-    heads, length, T, H, W, num_tiles, pooled, prefix, text, text_start, dilation_t, dilation_h, dilation_w,
+    heads, length, T, H, W, num_tiles, pooled, prefix, text, text_start, dilation_t, dilation_h, dilation_w, radius,
     TT: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr,
+    WINDOW: tl.constexpr, UNION: tl.constexpr, DILATED: tl.constexpr, DISC: tl.constexpr,
     TEXT_LENGTHS: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = BLOCK // COLUMNS  # per listed tile
@@ -134,7 +136,7 @@ def block_sparse_forward(
             pairs = pairs & window_pairs(
                 qt[:, None], qh[:, None], qw[:, None], kt[None, :], kh[None, :], kw[None, :],
                 first_t[:, None], last_t[:, None], first_h[:, None], last_h[:, None], first_w[:, None],
-                last_w[:, None], dilation_t, dilation_h, dilation_w, UNION, DILATED,
+                last_w[:, None], dilation_t, dilation_h, dilation_w, radius, UNION, DILATED, DISC,
             )  # fmt: skip
         acc, row_max, row_sum = _attend(
             q, k_ptr, v_ptr, prefix + position, offset, valid, pairs, row_max, stride_kl, stride_vl,
@@ -189,22 +191,19 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     block, launch = fit(launch or choose(LAUNCHES, DEFAULT_LAUNCHES, q), plan.tiles)
-    window = plan.window
-    dilation = window.dilation if window else (1, 1, 1)
     pooled_k, pooled_v, weights = pooled_rows(inputs)
     programs = (triton.cdiv(inputs.text, launch.rows) + plan.tiles.num_tiles * (block // launch.rows)) * heads * batch
     block_sparse_forward[(programs,)](
         q, k, v, out, lse, pooled_k, pooled_v, weights, plan.counts, plan.partial,
         pack_entries(plan.indices, plan.tiles),
-        plan.counts if window is None else window.bounds,
+        plan.counts if plan.window is None else plan.window.bounds,
         plan.counts if text_lengths is None else text_lengths,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pooled_k.stride()[:3], *pooled_v.stride()[:3],
         *weights.stride()[:3], *list_strides(plan.counts), plan.indices.shape[-1], abs(inputs.scale) * LOG2_E,
         heads, length, *plan.tiles.grid, plan.tiles.num_tiles, plan.pooled, plan.prefix, inputs.text,
-        inputs.text_start, *dilation,
+        inputs.text_start, *rule_sizes(plan),
         *plan.tiles.tile, block, launch.rows, launch.columns, dim, padded(dim),
-        window is not None, window is not None and window.union, max(dilation) > 1,
-        text_lengths is not None, inputs.pooled is not None,
+        *rule_flags(plan), text_lengths is not None, inputs.pooled is not None,
         "ieee" if q.dtype == torch.float32 else None,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip

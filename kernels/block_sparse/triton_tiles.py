@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.inputs import Inputs
-from dit_accel.kernels.block_sparse.plan import TileGrid
+from dit_accel.kernels.block_sparse.plan import BlockPlan, TileGrid
 
 LOG2_E = 1.4426950408889634
 
@@ -127,7 +127,7 @@ def _bounds(bounds_ptr, coordinate, on_grid):
 @triton.jit
 def window_pairs(
     qt, qh, qw, kt, kh, kw, first_t, last_t, first_h, last_h, first_w, last_w,
-    dilation_t, dilation_h, dilation_w, UNION: tl.constexpr, DILATED: tl.constexpr,
+    dilation_t, dilation_h, dilation_w, radius, UNION: tl.constexpr, DILATED: tl.constexpr, DISC: tl.constexpr,
 ):  # fmt: skip
     """Which pairs the window keeps; values of queries lie along one axis, values of keys along the other."""
     in_t = _admits(qt, kt, first_t, last_t, dilation_t, DILATED)
@@ -137,6 +137,11 @@ def window_pairs(
         pairs = in_t | in_h | in_w
     else:
         pairs = in_t & in_h & in_w
+    if DISC:
+        rows = qh.to(tl.float32) - kh.to(tl.float32)
+        columns = qw.to(tl.float32) - kw.to(tl.float32)
+        edge = tl.cast(radius, tl.float32)
+        pairs = pairs & (rows * rows + columns * columns < edge * edge)
     return pairs
 
 
@@ -217,6 +222,20 @@ def padded(size: int) -> int:
 def unit_stride(x: Tensor) -> Tensor:
     """``x`` with its last axis dense, as the kernels read rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rule_sizes(plan: BlockPlan) -> tuple[int, int, int, int]:
+    """The window's dilation per axis and radius, as the kernels take them."""
+    window = plan.window
+    return (1, 1, 1, 0) if window is None else (*window.dilation, window.radius or 0)
+
+
+def rule_flags(plan: BlockPlan) -> tuple[bool, bool, bool, bool]:
+    """The kernels' WINDOW, UNION, DILATED and DISC."""
+    window = plan.window
+    if window is None:
+        return False, False, False, False
+    return True, window.union, max(window.dilation) > 1, window.radius is not None
 
 
 def pooled_rows(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

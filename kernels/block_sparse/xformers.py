@@ -63,7 +63,15 @@ def local_reach(plan: BlockPlan) -> Reach | None:
     """The reach of a plan whose pairs are exactly those of one window over one axis; None for any other plan."""
     tiles, window = plan.tiles, plan.window
     axes = [axis for axis in range(3) if tiles.grid[axis] > 1]
-    if window is None or window.union or len(axes) != 1 or plan.prefix or plan.suffix or plan.pooled:
+    if (
+        window is None
+        or window.union
+        or window.radius is not None
+        or len(axes) != 1
+        or plan.prefix
+        or plan.suffix
+        or plan.pooled
+    ):
         return None
     axis = axes[0]
     size, step = tiles.grid[axis], tiles.tile[axis]
