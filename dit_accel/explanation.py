@@ -128,10 +128,10 @@ def explain_spec(
         raise ValueError(f"steps must be at least 1, got {steps}.")
     layout = spec.layout(height, width, num_frames)
     dense_below = layout.num_tokens < method.min_tokens
-    plan = method.plan_or_dense(layout)
-    executed = 1.0 if plan is None else plan.density
-    ideal = 1.0 if plan is None else layout.joint_density(method.ideal_density(layout))
-    share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if plan else 0.0
+    bound = method.attention(layout)
+    executed = 1.0 if bound is None else bound.density
+    ideal = 1.0 if bound is None else layout.joint_density(method.ideal_density(layout))
+    share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if bound else 0.0
     measured = _measure(spec.head_dim, device)
     rest, attention = spec.linear_flops(layout), spec.attention_flops(layout)
     before = measured.seconds(matmul=rest, dense=attention)
@@ -143,7 +143,7 @@ def explain_spec(
         tokens=layout.num_tokens,
         grid=layout.grid,
         text_tokens=layout.text_tokens,
-        tile=None if plan is None else plan.tiles.tile,
+        tile=None if bound is None else bound.tile,
         executed_density=executed,
         ideal_density=ideal,
         run_density=1 - share * (1 - executed),

@@ -114,13 +114,27 @@ def _attention(
             f"{'a' if _parallel_config is not None else 'no'} parallel config; "
             "call dit_accel.restore on the model to use them."
         )
-    if torch.compiler.is_compiling():
-        out: Tensor = _attend_op(query, key, value, layer.number, attn_mask, scale)
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for torch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    call = AttentionCall(query, key, value, attn_mask, scale)
+    if not torch.compiler.is_compiling():
+        return layer.attend(layer, call)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out: Tensor = _attend_outside(layer.number, call)
         return out
-    return layer.attend(layer, AttentionCall(query, key, value, attn_mask, scale))
+    out = _attend_op(query, key, value, layer.number, attn_mask, scale)
+    return out
 
 
 _AttentionBackendRegistry.register(_BACKEND)(_attention)
+
+
+@torch.compiler.disable
+def _attend_outside(layer: Tensor, call: AttentionCall) -> Tensor:
+    """The same call between two compiled graphs, where autograd records what the method does."""
+    running = _LAYERS[int(layer)]
+    return running.attend(running, call)
 
 
 @torch.library.custom_op("dit_accel::attend", mutates_args=())

@@ -15,7 +15,7 @@ from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.methods import METHODS, make_method
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.families import denoisers_of
-from dit_accel.runtime import Denoiser, Tally, check_schedule, denoiser_of, planner
+from dit_accel.runtime import Denoiser, Discarded, Tally, binder, check_schedule, denoiser_of
 from dit_accel.state import DenoisingState, Schedule
 
 
@@ -32,6 +32,7 @@ class Handle:
         self.tally = tallies[0]
         self._tallies = tallies
         self._denoisers = denoisers
+        self._probes = denoisers[0][1].probes
 
     @property
     def states(self) -> tuple[DenoisingState, ...]:
@@ -50,6 +51,16 @@ class Handle:
             yield tally
         finally:
             self._tallies[:] = [other for other in self._tallies if other is not tally]
+
+    @contextmanager
+    def probing(self) -> Iterator[list[Discarded]]:
+        """What each sparse call within leaves out of the softmax, per head; costs one dense query per query tile."""
+        probe: list[Discarded] = []
+        self._probes.append(probe)
+        try:
+            yield probe
+        finally:
+            self._probes[:] = [other for other in self._probes if other is not probe]
 
     def restore(self) -> None:
         """Give the denoisers their stock attention back, unless another method has replaced this one meanwhile."""
@@ -92,8 +103,10 @@ def apply(pipe_or_model: Any, method: str | AttnMethod, *, backend: Backend = "a
     for model, family in models:
         check_targets(model, family.targets)
     restore(pipe_or_model)
-    tallies, plans = [Tally()], planner(method)
-    denoisers = [(model, Denoiser(method, family, plans, backend, schedule, tallies)) for model, family in models]
+    tallies, probes, bind = [Tally()], list[list[Discarded]](), binder(method)
+    denoisers = [
+        (model, Denoiser(method, family, bind, backend, schedule, tallies, probes)) for model, family in models
+    ]
     for model, denoiser in denoisers:
         denoiser.attach(model)
     return Handle(method, tallies, denoisers)

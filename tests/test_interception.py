@@ -16,7 +16,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
-from dit_accel import interception, runtime
+from dit_accel import interception
+from dit_accel.methods import attention
 
 FAMILIES = ("wan", "hunyuan_video", "flux")
 TARGETS = {
@@ -133,6 +134,21 @@ def test_compiled_blocks_share_their_graphs(tiny: ModuleType, family: str, layer
     torch.testing.assert_close(output, stock, atol=1e-5, rtol=0)
 
 
+def test_compiled_blocks_train_as_eager_ones_do(tiny: ModuleType) -> None:
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        model, arguments = tiny.model("wan"), tiny.inputs("wan")
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager")
+        with dit_accel.apply(model, tiny.Tiles(everything=False)):
+            model(**arguments)[0].square().sum().backward()
+        return [parameter.grad for parameter in model.blocks[0].attn1.parameters()]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, want)
+        assert want.abs().max() > 0
+
+
 def test_a_wholly_compiled_model_can_be_entered(tiny: ModuleType) -> None:
     torch._dynamo.reset()
     arguments = tiny.inputs("wan")
@@ -234,7 +250,7 @@ def test_an_error_inside_a_processor_leaves_no_trace(tiny: ModuleType, monkeypat
     dit_accel.apply(model, tiny.Tiles())
     output = tiny.forward(model, arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "block_sparse_attention", lambda *_, **__: 1 / 0)
+        patch.setattr(attention, "block_sparse_attention", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tiny.forward(model, arguments)
     assert interception._RUNNING.layer is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import math
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from diffusers import (
 
 import dit_accel
 from dit_accel.methods import METHODS
-from dit_accel.runtime import planner
+from dit_accel.runtime import binder
 from dit_accel.state import scheduler_position
 
 FAMILIES = ("wan", "hunyuan_video", "flux")
@@ -296,11 +297,11 @@ def test_plans_are_made_once_per_layout(tiny: ModuleType, monkeypatch: pytest.Mo
     for width in (80, 48, 80):
         tiny.run(pipe, width=width)
     assert len(made) == 2
-    plans = planner(tiny.Tiles())
+    bind = binder(tiny.Tiles())
     layouts = [tiny.TokenLayout((1, 1, columns)) for columns in range(1, 30)]
     for layout in layouts:
-        plans(layout, torch.device("cpu"))
-    assert plans.cache_info().currsize < 20  # type: ignore[attr-defined]
+        bind(layout, torch.device("cpu"))
+    assert bind.cache_info().currsize < 20  # type: ignore[attr-defined]
 
 
 def test_a_method_that_cannot_serve_the_size_fails_before_any_attention(tiny: ModuleType) -> None:
@@ -327,12 +328,15 @@ def test_wrong_arguments_are_refused(tiny: ModuleType, options: dict[str, Any], 
     assert not pipe.transformer._forward_pre_hooks
 
 
+@pytest.mark.parametrize("method", ["radial", "draft", "log_linear", "pyramid"])
 def test_a_backend_that_cannot_run_is_refused_in_the_first_step(
-    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    for name in ("block_sparse.triton_forward", "pyramid.triton_list_forward"):  # decorated while Triton interprets
+        importlib.import_module(f"dit_accel.kernels.{name}")
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     pipe = tiny.pipeline("wan")
-    handle = dit_accel.apply(pipe, tiny.Tiles(start_percent=0.5), backend="triton")
+    handle = dit_accel.apply(pipe, method, start_percent=0.5, backend="triton")
     with pytest.raises(ValueError, match="backend='triton' needs a GPU"):
         tiny.run(pipe)
     assert handle.tally.calls == 0

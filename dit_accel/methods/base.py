@@ -6,15 +6,23 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args
 
-from dit_accel.kernels.block_sparse.plan import BlockPlan
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse.plan import BlockPlan, TileGrid
 from dit_accel.layout import TokenLayout
+from dit_accel.methods.attention import BoundAttention, PlannedAttention, SelectedAttention
+from dit_accel.methods.correction import CorrectedAttention, Correction
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttnMethod(ABC):
-    """One way to make attention sparse, described by data; subclasses answer which tiles a query tile sees.
+    """One way to make attention sparse, described by data.
+
+    Subclasses answer which tiles a query tile sees: ``StaticMethod`` from the layout alone, ``DynamicMethod`` from the
+    queries and keys of each call; others bring an attention of their own.
 
     Args:
         density: share of the grid's query-key pairs to compute, in (0, 1]; replaces the method's own knobs, which
@@ -24,6 +32,9 @@ class AttnMethod(ABC):
         end_percent: share of the denoising steps after which attention is dense again. Default 1.
         dense_blocks: the first n transformer blocks stay dense, or a tuple of block indices. Default 0.
         min_tokens: sequences shorter than this stay dense. Default 0.
+        delta: correction of the sparse output by one dense query per query tile (arXiv 2505.11254): what the tiles left
+            out changes there is given to the whole tile, "add"ed as it is or "merge"d as the share of the softmax that
+            was left out. Costs one query in a tile of dense attention. Default None, no correction.
     """
 
     name: ClassVar[str]
@@ -33,6 +44,7 @@ class AttnMethod(ABC):
     end_percent: float = 1.0
     dense_blocks: int | tuple[int, ...] = 0
     min_tokens: int = 0
+    delta: Correction | None = None
 
     def __post_init__(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:
@@ -46,14 +58,20 @@ class AttnMethod(ABC):
             raise ValueError(f"dense_blocks must be a number of blocks or a tuple of indices, got {self.dense_blocks}.")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}.")
+        if self.delta is not None and self.delta not in get_args(Correction):
+            raise ValueError(f"delta must be add, merge or None, got {self.delta!r}.")
 
     @abstractmethod
-    def plan(self, layout: TokenLayout) -> BlockPlan | None:
-        """The tiles to compute on ``layout``, on the CPU; None where the method is dense there."""
+    def bind(self, layout: TokenLayout, device: torch.device) -> BoundAttention | None:
+        """The method on ``layout``; None where it is dense there."""
 
-    def plan_or_dense(self, layout: TokenLayout) -> BlockPlan | None:
-        """``plan``, or None where the sequence is shorter than ``min_tokens``."""
-        return None if layout.num_tokens < self.min_tokens else self.plan(layout)
+    def attention(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BoundAttention | None:
+        """The method on ``layout``, corrected if ``delta`` says so; None where it is dense or below ``min_tokens``."""
+        if layout.num_tokens < self.min_tokens:
+            return None
+        with torch.inference_mode(False):  # kept for calls that have gradients
+            attention = self.bind(layout, torch.device(device))
+            return attention if attention is None or self.delta is None else CorrectedAttention(attention, self.delta)
 
     @abstractmethod
     def ideal_density(self, layout: TokenLayout) -> float:
@@ -88,6 +106,50 @@ class AttnMethod(ABC):
             f"{type(self).__name__} describes a method and is not a diffusers processor by itself; "
             "use dit_accel.apply(model, processor) or pipe.set_attn_processor(processor)."
         )
+
+
+class StaticMethod(AttnMethod):
+    """A method whose tiles follow from the layout alone."""
+
+    @abstractmethod
+    def plan(self, layout: TokenLayout) -> BlockPlan | None:
+        """The tiles to compute on ``layout``, on the CPU; None where the method is dense there."""
+
+    def bind(self, layout: TokenLayout, device: torch.device) -> BoundAttention | None:
+        plan = self.plan(layout)
+        return None if plan is None else PlannedAttention(layout, plan.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicMethod(AttnMethod):
+    """A method that chooses tiles from the queries and keys of each call.
+
+    Args:
+        refresh: the tiles chosen at one step are kept for this many steps, per layer and guidance branch. Default 1:
+            chosen anew at every step.
+    """
+
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refresh < 1:
+            raise ValueError(f"refresh must be at least 1 step, got {self.refresh}.")
+
+    @abstractmethod
+    def tiles(self, layout: TokenLayout) -> TileGrid:
+        """The grid cut into the tiles that are chosen among."""
+
+    @abstractmethod
+    def select(self, layout: TokenLayout, q: Tensor, k: Tensor) -> BlockPlan:
+        """The tiles of one call with queries and keys [B, L, H, D], on their device, without reading anything back."""
+
+    def bind(self, layout: TokenLayout, device: torch.device) -> BoundAttention | None:
+        def select(q: Tensor, k: Tensor) -> BlockPlan:
+            return self.select(layout, q, k)
+
+        density = layout.joint_density(self.ideal_density(layout))
+        return SelectedAttention(layout, device, self.tiles(layout), density, select, self.refresh)
 
 
 def largest_within(target: float, candidates: int, density_of: Callable[[int], float]) -> int:

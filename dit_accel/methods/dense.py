@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from dit_accel.kernels.block_sparse.plan import BlockPlan
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.base import StaticMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseAttnProcessor(AttnMethod):
+class DenseAttnProcessor(StaticMethod):
     """Every query sees every key, computed by the host's own kernel: O = softmax(Q K^T / sqrt(head dim)) V.
 
     It has no options of its own; the schedule options of every method are accepted and change nothing.

@@ -9,12 +9,12 @@ import torch
 
 from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod, check_triple, largest_within
+from dit_accel.methods.base import StaticMethod, check_triple, largest_within
 from dit_accel.plan import best_boxes, plan_from_windows, windows_density
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRATAttnProcessor(AttnMethod):
+class GRATAttnProcessor(StaticMethod):
     """Grouping first, attending smartly (arXiv 2505.14687): all queries of a group of tokens share one set of keys.
 
     The grid is cut into boxes, the groups; a group has an index g per axis. With radius b, query group g sees key

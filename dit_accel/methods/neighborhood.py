@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod, check_triple
+from dit_accel.methods.base import StaticMethod, check_triple
 from dit_accel.plan import best_boxes, plan_from_windows, windows_density
 
 AXES = ("frame", "row", "column")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodAttnProcessor(AttnMethod):
+class NeighborhoodAttnProcessor(StaticMethod):
     """Sliding, strided, dilated or causal windows per axis, exactly as NATTEN defines them (arXiv 2204.07143,
     2209.15001, 2403.04690, 2504.16922).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.plan import BlockPlan
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod, largest_within
+from dit_accel.methods.base import StaticMethod, largest_within
 from dit_accel.plan import plan_from_tile_mask
 
 # Frames are thinned out where the length scale falls below this many tokens, whatever the tile.
@@ -18,7 +18,7 @@ DECIMATION = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadialAttnProcessor(AttnMethod):
+class RadialAttnProcessor(StaticMethod):
     """Static video mask whose width halves each time the distance between frames doubles (arXiv 2506.19852).
 
     With s tokens per frame, d = |i - j| the distance of query frame i and key frame j, k and l positions in their
