@@ -18,7 +18,7 @@ CHUNK = 4096  # scores that one program reads of a long row
 
 
 @triton.jit
-def _keys(scores_ptr, lane, inside):
+def ordered_keys(scores_ptr, lane, inside):
     """Scores and unsigned integers in their order; those outside come last, below -inf."""
     scores = tl.load(scores_ptr + lane, mask=inside, other=-float("inf"))
     scores = tl.where(scores != scores, -float("inf"), scores)
@@ -38,7 +38,7 @@ def _up_to(keys, threshold, room):
 def keep_highest_of_row(scores_ptr, mask_ptr, length, kept, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)
-    _, keys = _keys(scores_ptr + row, lane, lane < length)
+    _, keys = ordered_keys(scores_ptr + row, lane, lane < length)
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
@@ -53,7 +53,7 @@ def keep_highest_of_row(scores_ptr, mask_ptr, length, kept, BLOCK: tl.constexpr)
 def keep_mass_of_row(scores_ptr, mask_ptr, length, p, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)
-    scores, keys = _keys(scores_ptr + row, lane, lane < length)
+    scores, keys = ordered_keys(scores_ptr + row, lane, lane < length)
     highest = tl.max(scores, 0)
     weights = tl.where(scores == highest, 1.0, tl.exp(scores - highest))  # equal ones may be infinite
     weights = tl.where(lane < length, weights, 0.0)
@@ -92,7 +92,7 @@ def count_digits(
     """Add a chunk to the histogram of digit ``done``, over the scores that start with the threshold's digits so far."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     lane = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    _, keys = _keys(scores_ptr + row * length, lane, lane < length)
+    _, keys = ordered_keys(scores_ptr + row * length, lane, lane < length)
     histogram_ptr += row * (32 // BITS * 2**BITS)
     prefix, _ = _narrowed(histogram_ptr, kept, done, BITS)
     counted = (lane < length) & (keys >> (31 - done * BITS) >> 1 == prefix)  # in two steps: a shift by 32 is undefined
@@ -107,7 +107,7 @@ def count_ties(
 ):  # fmt: skip
     row = (tl.program_id(0) // chunks).to(tl.int64)
     lane = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    _, keys = _keys(scores_ptr + row * length, lane, lane < length)
+    _, keys = ordered_keys(scores_ptr + row * length, lane, lane < length)
     threshold, _ = _narrowed(histogram_ptr + row * (32 // BITS * 2**BITS), kept, 32 // BITS, BITS)
     tl.store(ties_ptr + tl.program_id(0), tl.sum((keys == threshold).to(tl.int32), 0))
 
@@ -119,7 +119,7 @@ def keep_highest_of_chunk(
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     lane = chunk * BLOCK + tl.arange(0, BLOCK)
-    _, keys = _keys(scores_ptr + row * length, lane, lane < length)
+    _, keys = ordered_keys(scores_ptr + row * length, lane, lane < length)
     threshold, room = _narrowed(histogram_ptr + row * (32 // BITS * 2**BITS), kept, 32 // BITS, BITS)
     earlier = tl.arange(0, 256)
     for start in range(0, chunk, 256):
