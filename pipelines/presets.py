@@ -48,6 +48,36 @@ PRESETS: dict[tuple[str, str], Preset] = {
         **_SHAPES,
         options={"pattern": "B", "group": (2, 8, 8), "start_percent": 4 / 16},
     ),
+    ("shapes", "sliding_tile"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"tile": (7, 4, 4), "window": (1, 3, 5), "start_percent": 4 / 16},
+    ),
+    ("shapes", "attention_tile"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"reference_frames": 1, "start_percent": 4 / 16},
+    ),
+    ("shapes", "clear"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"density": 0.35, "start_percent": 4 / 16},
+    ),
+    ("shapes", "draft"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"region": (1, 8, 8), "same_frame": True, "density": 0.35, "start_percent": 4 / 16},
+    ),
+    ("shapes", "log_linear"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"density": 0.2, "start_percent": 4 / 16},
+    ),
+    ("shapes", "pyramid"): Preset(
+        source="chosen here on the embedded pipeline",
+        **_SHAPES,
+        options={"density": 0.35, "start_percent": 4 / 16},
+    ),
     ("wan2.1-14b", "radial"): Preset(
         source="radial-attention scripts, Wan2.1-14B",
         height=768,
@@ -88,6 +118,22 @@ PRESETS: dict[tuple[str, str], Preset] = {
         steps=28,
         options={"window": (1, 80, 80), "stride": (1, 16, 16), "start_percent": 9 / 28},
     ),
+    ("wan2.1-14b", "draft"): Preset(
+        source="draft-attention code, Wan2.1-14B, 75 % sparse, dense while t > 925 (with flow_shift 5)",
+        height=768,
+        width=1280,
+        num_frames=81,
+        steps=50,
+        options={"keep": 0.25, "dense_blocks": 1, "start_percent": 15 / 50},
+    ),
+    ("hunyuanvideo", "draft"): Preset(
+        source="DraftAttention paper, HunyuanVideo, 90 % sparse",
+        height=768,
+        width=1280,
+        num_frames=129,
+        steps=50,
+        options={"keep": 0.1, "dense_blocks": 2, "start_percent": 0.25},
+    ),
     ("hunyuanvideo", "grat"): Preset(
         source="GRAT script, HunyuanVideo (GRAT-X; there with 128 frames)",
         height=768,
@@ -96,6 +142,22 @@ PRESETS: dict[tuple[str, str], Preset] = {
         steps=30,
         options={"pattern": "X", "group": (4, 8, 8)},
     ),
+    ("hunyuanvideo", "sliding_tile"): Preset(
+        source="Sliding Tile Attention paper, HunyuanVideo, window 30x40x40 without training",
+        height=768,
+        width=1280,
+        num_frames=117,
+        steps=50,
+        options={"window": (5, 5, 5)},
+    ),
+    ("flux.1-dev", "clear"): Preset(
+        source="CLEAR scripts, FLUX.1-dev (there with weights trained for it)",
+        height=4096,
+        width=4096,
+        num_frames=1,
+        steps=20,
+        options={"radius": 16},
+    ),
     ("flux.1-dev", "grat"): Preset(
         source="GRAT paper, FLUX.1-dev 8192x8192 (GRAT-X)",
         height=8192,
@@ -103,6 +165,22 @@ PRESETS: dict[tuple[str, str], Preset] = {
         num_frames=1,
         steps=28,
         options={"pattern": "X", "group": (1, 16, 16)},
+    ),
+    ("wan2.1-1.3b", "pyramid"): Preset(
+        source="Pyramid-Sparse-Attention settings, Wan2.1-1.3B (there with a cap by the likeness of neighbouring keys)",
+        height=480,
+        width=832,
+        num_frames=81,
+        steps=50,
+        options={"assign": "mass", "ends": (0.5, 0.6, 0.7, 0.8), "start_percent": 15 / 50},
+    ),
+    ("wan2.1-14b", "pyramid"): Preset(
+        source="Pyramid-Sparse-Attention settings, Wan2.1-14B",
+        height=720,
+        width=1280,
+        num_frames=81,
+        steps=50,
+        options={"assign": "mass", "ends": (0.4, 0.5, 0.6, 0.8), "start_percent": 15 / 50},
     ),
 }
 

@@ -14,12 +14,13 @@ from torch import Tensor
 import dit_accel
 from dit_accel import runtime
 from dit_accel.layout import TokenLayout
+from dit_accel.methods import attention
 from dit_accel.pipelines.families import FAMILIES, family_of
 from dit_accel.pipelines.families.flux import read as read_flux
 from dit_accel.pipelines.presets import PRESETS, find_preset, preset_method
 from dit_accel.pipelines.specs import SPECS, ModelSpec, find_spec, spec_of
 
-NAMES = ("wan", "hunyuan_video", "flux")
+NAMES = ("wan", "hunyuan_video", "flux", "pixel_dit")
 each_family = pytest.mark.parametrize("family", NAMES)
 
 
@@ -40,7 +41,7 @@ def queries_of(model: Any, arguments: dict[str, Any], monkeypatch: pytest.Monkey
         return query
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "block_sparse_attention", keeping)
+        patch.setattr(attention, "block_sparse_attention", keeping)
         tiny.forward(model, arguments)
     return seen[0]
 
@@ -52,6 +53,8 @@ def moved(tiny: ModuleType, family: str, frame: int, row: int, column: int) -> d
     columns = tiny.GRIDS[family][2]
     if family == "flux":
         latents[:, row * columns + column] += 5
+    elif family == "pixel_dit":
+        latents[:, :, row, column] += 5
     else:
         latents[:, :, frame, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 5
     return arguments | {"hidden_states": latents}
@@ -97,10 +100,11 @@ def test_state_of_a_call(tiny: ModuleType, family: str) -> None:
     handle = dit_accel.apply(model, tiny.Tiles())
     tiny.forward(model, tiny.inputs(family, batch=2))
     state = handle.states[0]
-    text = 0 if family == "wan" else tiny.TEXT_TOKENS
-    position = {"wan": "none", "hunyuan_video": "suffix", "flux": "prefix"}[family]
+    position = {"hunyuan_video": "suffix", "flux": "prefix"}.get(family, "none")
+    text = 0 if position == "none" else tiny.TEXT_TOKENS
     assert state.layout == TokenLayout(tiny.GRIDS[family], text, position)
-    assert (state.batch, state.step, state.num_steps, state.branch) == (2, 0, 1, None)
+    branch = "batched" if family == "pixel_dit" else None
+    assert (state.batch, state.step, state.num_steps, state.branch) == (2, 0, 1, branch)
     if family == "hunyuan_video":
         assert state.text_lengths is not None
         assert state.text_lengths.dtype == torch.int32
@@ -198,6 +202,8 @@ def test_spec_layout_is_what_the_family_reads(tiny: ModuleType, name: str) -> No
         rows, columns = (size // 2 for size in latent[1:])
         arguments = {"hidden_states": torch.empty(1, rows * columns, 1), "img_ids": tiny.position_ids(rows, columns)}
         config = None
+    elif known.family == "pixel_dit":
+        arguments, config = {"hidden_states": torch.empty(1, 3, *latent[1:])}, None
     else:
         arguments = {"hidden_states": torch.empty(1, 1, *latent), "encoder_attention_mask": torch.ones(1, 1)}
         patch: Any = known.patch if known.family == "wan" else known.patch[1]
@@ -226,15 +232,15 @@ def test_spec_flops_are_the_multiplications_of_the_blocks(tiny: ModuleType, fami
     model, arguments = tiny.model(family), tiny.inputs(family)
     layout = layout_of(tiny, family, arguments)
     assert layout is not None
-    dim = model.config.num_attention_heads * model.config.attention_head_dim
+    dim, plain = model.config.num_attention_heads * model.config.attention_head_dim, family in ("wan", "pixel_dit")
     known = ModelSpec(
         name="tiny",
         family=family,
         heads=model.config.num_attention_heads,
         head_dim=model.config.attention_head_dim,
-        blocks=2 if family == "wan" else 1,
-        single_blocks=0 if family == "wan" else 1,
-        ffn_dim=32 if family == "wan" else 4 * dim,
+        blocks=2 if plain else 1,
+        single_blocks=0 if plain else 1,
+        ffn_dim=32 if plain else 4 * dim,
         height=8,
         width=8,
         num_frames=1,
@@ -275,9 +281,9 @@ def test_presets_make_their_method_for_their_size(model: str, method: str) -> No
     layout = known.layout(preset.height, preset.width, preset.num_frames)
     assert made.name == method
     if layout.num_tokens < 80_000:
-        plan = made.plan(layout)
-        assert plan is not None
-        assert plan.num_tokens == layout.num_tokens
+        bound = made.attention(layout)
+        assert bound is not None
+        assert bound.layout == layout
 
 
 def test_presets_keep_their_published_schedule() -> None:
@@ -296,7 +302,7 @@ def test_spec_of_a_pipeline_is_its_own_shape(tiny: ModuleType, family: str) -> N
     tiny.run(pipe)
     state = handle.states[0]
     assert state.layout is not None
-    assert spec.layout(64, 80, 1 if family == "flux" else 9).grid == state.layout.grid
+    assert spec.layout(64, 80, 1 if spec.num_frames == 1 else 9).grid == state.layout.grid
     assert (spec.name, spec.family, spec.num_blocks) == (type(pipe).__name__, family, tiny.TARGETS)
     assert spec.hidden_dim == pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
 
@@ -324,5 +330,5 @@ def test_spec_of_a_known_model_is_known(name: str) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"choose one of shapes, wan2.1-1.3b"):
         find_spec("sora")
-    with pytest.raises(ValueError, match="it has radial, neighborhood, grat"):
+    with pytest.raises(ValueError, match="it has radial, neighborhood, .*grat"):
         find_preset("hunyuanvideo", "dense")

@@ -10,7 +10,7 @@ import torch
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import METHODS, DenseAttnProcessor, make_method, token_mask
-from dit_accel.methods.base import largest_within
+from dit_accel.methods.base import DynamicMethod, StaticMethod, largest_within
 
 STATIC = [
     pytest.param("radial", {}, id="radial"),
@@ -19,6 +19,11 @@ STATIC = [
     pytest.param("neighborhood", {"tile": (1, 8, 16)}, id="neighborhood-tile"),
     pytest.param("grat", {"pattern": "B"}, id="grat-B"),
     pytest.param("grat", {"pattern": "X", "group": (2, 5, 6)}, id="grat-X"),
+    pytest.param("sliding_tile", {}, id="sliding_tile"),
+    pytest.param("sliding_tile", {"tile": (3, 5, 6)}, id="sliding_tile-tile"),
+    pytest.param("attention_tile", {}, id="attention_tile"),
+    pytest.param("clear", {}, id="clear"),
+    pytest.param("clear", {"tile": (1, 8, 16)}, id="clear-tile"),
 ]
 GRIDS: list[Triple] = [(5, 9, 11), (21, 45, 80), (33, 45, 80), (13, 30, 45), (1, 64, 64), (1, 83, 83), (1, 1, 1)]
 TARGETS = (0.001, 0.1, 0.35, 0.7, 1.0)
@@ -52,10 +57,19 @@ def test_density_masks_are_nested_and_complete(name: str, options: dict[str, obj
 
 
 @pytest.mark.parametrize("grid", [(5, 9, 11), (13, 30, 45), (1, 83, 83), (2, 3, 1), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, StaticMethod)])
 def test_default_options_leave_no_row_empty(name: str, grid: Triple) -> None:
     plan = make_method(name).plan(TokenLayout(grid))
     assert plan is None or plan.counts.min() > 0
+
+
+@pytest.mark.parametrize("density", [None, 0.001], ids=["default", "sparsest"])
+@pytest.mark.parametrize("grid", [(5, 9, 11), (13, 30, 45), (1, 83, 83), (2, 3, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, DynamicMethod)])
+def test_no_call_leaves_a_row_empty(name: str, grid: Triple, density: float | None) -> None:
+    layout = TokenLayout(grid)
+    q, k = 4 * torch.randn(2, 1, layout.num_tokens, 2, 8, generator=torch.Generator().manual_seed(0))
+    assert make_method(name, density=density).select(layout, q, k).counts.min() > 0
 
 
 @pytest.mark.parametrize("position", ["prefix", "suffix"])

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from dit_accel.kernels import BlockPlan
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.base import StaticMethod
+from dit_accel.pipelines.pixels.model import PixelDiT
+from dit_accel.pipelines.pixels.pipeline import PixelDiTPipeline
 from dit_accel.plan import plan_from_tile_mask
 
 FAMILIES = ("wan", "hunyuan_video", "flux")
@@ -29,7 +31,7 @@ TEXT_TOKENS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles(AttnMethod):
+class Tiles(StaticMethod):
     """Every tile, or each query tile's own."""
 
     name: ClassVar[str] = "tiles"
@@ -99,9 +101,21 @@ def flux_model(layers: int = 1) -> FluxTransformer2DModel:
     ).eval()
 
 
-MODELS = {"wan": wan_model, "hunyuan_video": hunyuan_video_model, "flux": flux_model}
+def pixel_dit_model(layers: int = 2, num_classes: int | None = 5) -> PixelDiT:
+    """With a velocity of its own, where a fresh one predicts 0."""
+    torch.manual_seed(0)
+    model = PixelDiT(
+        num_attention_heads=2, attention_head_dim=12, num_layers=layers, ffn_dim=32, num_classes=num_classes
+    )
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+MODELS = {"wan": wan_model, "hunyuan_video": hunyuan_video_model, "flux": flux_model, "pixel_dit": pixel_dit_model}
 # Latent grids after patchify, (frames, rows, columns), none of them square.
-GRIDS = {"wan": (3, 4, 5), "hunyuan_video": (3, 4, 5), "flux": (1, 6, 5)}
+GRIDS = {"wan": (3, 4, 5), "hunyuan_video": (3, 4, 5), "flux": (1, 6, 5), "pixel_dit": (1, 5, 7)}
 
 
 def model(family: str, **config: Any) -> Any:
@@ -129,6 +143,13 @@ def inputs(family: str, batch: int = 1, grid: tuple[int, int, int] | None = None
             "timestep": torch.full((batch,), 0.5),
             "img_ids": position_ids(rows, columns),
             "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+            "return_dict": False,
+        }
+    if family == "pixel_dit":
+        return {
+            "hidden_states": noise(batch, 3, rows, columns),
+            "timestep": torch.full((batch,), 5.0),
+            "class_labels": torch.arange(batch),
             "return_dict": False,
         }
     shared = {
@@ -189,7 +210,16 @@ def flux_pipeline() -> FluxPipeline:
     )
 
 
-PIPELINES = {"wan": wan_pipeline, "hunyuan_video": hunyuan_video_pipeline, "flux": flux_pipeline}
+def pixel_dit_pipeline() -> PixelDiTPipeline:
+    return PixelDiTPipeline(pixel_dit_model(), FlowMatchEulerDiscreteScheduler())
+
+
+PIPELINES = {
+    "wan": wan_pipeline,
+    "hunyuan_video": hunyuan_video_pipeline,
+    "flux": flux_pipeline,
+    "pixel_dit": pixel_dit_pipeline,
+}
 
 
 def pipeline(family: str, **options: Any) -> Any:
@@ -199,7 +229,7 @@ def pipeline(family: str, **options: Any) -> Any:
 
 
 def run(pipe: Any, steps: int = 4, height: int = 64, width: int = 80, frames: int = 9, **changes: Any) -> Tensor:
-    """Latents of one seeded run with guidance in two calls per step."""
+    """Latents of one seeded run with guidance, in two calls per step but for PixelDiT."""
     make = torch.Generator().manual_seed(2)
     texts, pooled = torch.randn(2, 1, TEXT_TOKENS, 32, generator=make), torch.randn(2, 1, 32, generator=make)
     arguments: dict[str, Any] = {
@@ -210,6 +240,8 @@ def run(pipe: Any, steps: int = 4, height: int = 64, width: int = 80, frames: in
         "return_dict": False,
         "generator": torch.Generator().manual_seed(3),
     }
+    if isinstance(pipe, PixelDiTPipeline):
+        return pipe(**(arguments | {"class_labels": 3, "guidance_scale": 2.0} | changes))[0]
     if isinstance(pipe, FluxPipeline):
         arguments |= {"true_cfg_scale": 2.0, "pooled_prompt_embeds": pooled[0]}
         arguments |= {"negative_pooled_prompt_embeds": pooled[1]}
