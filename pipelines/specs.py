@@ -206,6 +206,22 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=512,
             text_position="prefix",
         ),
+        ModelSpec(
+            name="pixel-dit-s",
+            family="pixel_dit",
+            heads=6,
+            head_dim=64,
+            blocks=12,
+            ffn_dim=1536,
+            height=256,
+            width=256,
+            num_frames=1,
+            steps=20,
+            guidance=3.0,
+            vae=(1, 1, 1),
+            patch=(1, 1, 1),
+            multiple=1,
+        ),
     )
 }
 

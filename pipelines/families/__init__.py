@@ -9,9 +9,10 @@ from torch import nn
 from dit_accel.pipelines.families.family import Family
 from dit_accel.pipelines.families.flux import FLUX
 from dit_accel.pipelines.families.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel.pipelines.families.pixel_dit import PIXEL_DIT
 from dit_accel.pipelines.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, FLUX)
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, FLUX, PIXEL_DIT)
 
 __all__ = ["FAMILIES", "Family", "denoisers_of", "family_of"]
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from dit_accel.pipelines.shapes.models import decode_latents, latent_statistics, whole_clip_passes
 from dit_accel.pipelines.shapes.scenes import captions, held_out_scenes
@@ -62,8 +63,14 @@ def sample_clips(
     )
     if stock_decode:
         return np.asarray(output.frames)
-    mean, std = latent_statistics(pipeline.vae, output.frames.device)
-    latents = (output.frames.float() * std + mean).to(pipeline.vae.dtype)
+    return decode_clips(pipeline, output.frames)
+
+
+@torch.no_grad()
+def decode_clips(pipeline: WanPipeline, latents: Tensor) -> np.ndarray:
+    """Clips [B, T, H, W, 3] in [0, 1], float32, from the latents that ``output_type="latent"`` gives, decoded whole."""
+    mean, std = latent_statistics(pipeline.vae, latents.device)
+    latents = (latents.float() * std + mean).to(pipeline.vae.dtype)
     with whole_clip_passes():
         decoded = torch.cat([decode_latents(pipeline.vae, part) for part in latents.split(4)])
     return ((decoded.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1).cpu().numpy()
