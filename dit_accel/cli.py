@@ -24,6 +24,11 @@ COMMANDS = {
         "run dense attention and sparse methods on one prompt and seed, side by side",
         'dit-accel compare --prompt "a red star moving up over navy stripes" --method "grat(density=0.4)"',
     ),
+    "eval": Command(
+        "eval",
+        "quality of many methods over many prompts, with intervals",
+        'dit-accel eval --method "radial(density=0.35)" --method grat --prompts 32',
+    ),
     "generate": Command(
         "generate",
         "make one clip or image with a method",
@@ -33,6 +38,11 @@ COMMANDS = {
         "explain",
         "tokens, tiles, densities and predicted speed-up of a method on a size, without weights",
         "dit-accel explain --model wan2.1-14b --method radial --height 768 --width 1280 --num-frames 69",
+    ),
+    "train": Command(
+        "train",
+        "train a denoiser from nothing, fine-tune it or distil it, with the attention of a method",
+        'dit-accel train --task shapes --loss distill --train attention --method "grat(density=0.4)"',
     ),
     "bench": Command("bench", "speed of the operator and its peers, checked first", "dit-accel bench kernels --quick"),
     "list": Command("inspect", "methods with their options, models and presets", "dit-accel list"),

@@ -12,12 +12,12 @@ Frames = Tensor | np.ndarray[Any, Any]  # [T, H, W, 3], floating in [0, 1] or ui
 
 
 def as_float(frames: Frames, name: str = "frames") -> Tensor:
-    """The clip as a float32 CPU tensor [T, H, W, 3] in [0, 1]; ``name`` is what errors call it.
+    """The clip as a float32 tensor [T, H, W, 3] in [0, 1], on its device; ``name`` is what errors call it.
 
     Raises:
         ValueError: for another shape or dtype, an empty clip, NaN, or values outside [0, 1].
     """
-    clip = torch.as_tensor(frames).detach().cpu()
+    clip = torch.as_tensor(frames).detach()
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.numel() == 0:
         raise ValueError(f"{name} must have shape [frames, height, width, 3 channels], got {list(clip.shape)}.")
     if clip.dtype == torch.uint8:
@@ -37,12 +37,13 @@ def as_float(frames: Frames, name: str = "frames") -> Tensor:
 def as_uint8(frames: Frames, name: str = "frames") -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The clip as a contiguous uint8 array [T, H, W, 3], rounded to nearest."""
     rounded = (as_float(frames, name) * 255).round().to(torch.uint8)
-    return np.ascontiguousarray(rounded.numpy())
+    return np.ascontiguousarray(rounded.cpu().numpy())
 
 
 def as_pair(frames: Frames, reference: Frames) -> tuple[Tensor, Tensor]:
-    """Both clips as float32, refused unless they have the same frame count and size: nothing is cut or scaled."""
+    """Both clips as float32 where ``frames`` is, refused unless they have one size: nothing is cut or scaled."""
     clip, target = as_float(frames, "frames"), as_float(reference, "reference")
+    target = target.to(clip.device)
     if len(clip) != len(target):
         raise ValueError(f"frames and reference must have the same frame count, got {len(clip)} and {len(target)}.")
     if clip.shape != target.shape:

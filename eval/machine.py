@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -38,6 +39,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # two git processes; what a process has loaded does not change
 def source_version() -> str:
     """The git commit of the checkout this package runs from, "-dirty" when edited; else the package version."""
     here = Path(__file__).resolve()

@@ -157,7 +157,7 @@ class RecordWriter:
         """
         if self.finished(record["id"]):
             raise ValueError(f"{self.path} already has a record with id {record['id']}; records are never replaced.")
-        line = json.dumps(_to_json(record), allow_nan=False, ensure_ascii=False)
+        line = json.dumps(to_json(record), allow_nan=False, ensure_ascii=False)
         _end_last_line(self.path)
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode() + b"\n")
@@ -206,12 +206,12 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _to_json(value: Any) -> Any:
-    """The value with non-finite floats as strings."""
+def to_json(value: Any) -> Any:
+    """The value as JSON has it: non-finite floats as strings, tuples as lists."""
     if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

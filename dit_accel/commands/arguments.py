@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import ast
-from typing import Any
 
 from dit_accel.kernels import BACKENDS
-from dit_accel.methods import make_method
+from dit_accel.methods import make_method, parse_method_call
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.presets import PRESETS, preset_method
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What to generate; every default is the model's own."""
-    parser.add_argument("--model", default="shapes", help="shapes (default), a hub id or a pipeline folder")
+    add_settings(parser)
     parser.add_argument("--prompt", help="text; default one of the embedded model's own")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """How to generate, whatever the prompt."""
+    parser.add_argument("--model", default="shapes", help="shapes (default), a hub id or a pipeline folder")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
     add_size(parser)
     parser.add_argument("--steps", type=int, help="denoising steps")
@@ -39,7 +42,7 @@ def parse_method(text: str, model: str, density: float | None = None) -> AttnMet
     Raises:
         ValueError: no method call, or what ``make_method`` refuses.
     """
-    name, options = _parse_call(text)
+    name, options = parse_method_call(text)
     if density is not None:
         options.setdefault("density", density)
     if not options and (model, name) in PRESETS:
@@ -47,13 +50,7 @@ def parse_method(text: str, model: str, density: float | None = None) -> AttnMet
     return make_method(name, **options)
 
 
-def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, {}
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords}
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(f"a method is written as a name or as name(option=value, ...), got {text!r}.")
+def method_call(method: AttnMethod) -> str:
+    """The method as the command line takes it."""
+    inner = ", ".join(f"{name}={value!r}" for name, value in method.options().items())
+    return f"{method.name}({inner})" if inner else method.name

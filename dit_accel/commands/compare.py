@@ -13,17 +13,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit_accel.commands.arguments import add_run, parse_method
-from dit_accel.commands.models import Frames, Generation, Model, Request, generate, load, warm_up
+from dit_accel.commands.arguments import add_run, method_call, parse_method
+from dit_accel.commands.models import Frames, Generation, Model, Request, generate, load, probe, warm_up
+from dit_accel.eval.discarded import BY_HEAD, discarded_of
 from dit_accel.eval.media import SheetRow, contact_sheet, write_mp4
-from dit_accel.eval.quality import METRICS, Metric, Score, measure
+from dit_accel.eval.quality import METRICS, measure
 from dit_accel.eval.records import Job, Record, RecordWriter, Timings, make_record, read_records
 from dit_accel.eval.report import MISSING, MethodResult, ReportData, format_table, summary, tile_picture, write_report
 from dit_accel.kernels.block_sparse.reference import token_mask
 from dit_accel.layout import TokenLayout
+from dit_accel.methods.attention import PlannedAttention
 from dit_accel.methods.base import AttnMethod
 
-DEFAULT_METHODS = ("radial", "neighborhood", "grat")
+DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear")
 FPS = 12.0
 
 
@@ -57,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"repeat for several (default: {', '.join(DEFAULT_METHODS)}, with the model's presets)",
     )
     parser.add_argument("--density", type=float, help="for every method, in place of its own settings, in (0, 1]")
+    parser.add_argument(
+        "--discarded", action="store_true", help="one more run of each method: the softmax mass it leaves out"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder (default outputs/compare)")
 
 
@@ -65,12 +70,12 @@ def run(options: argparse.Namespace) -> int:
     methods = [
         parse_method(name, options.model, None if name == "dense" else options.density) for name in dict.fromkeys(names)
     ]
-    writer = _writer(options.output)
+    writer = record_writer(options.output)
     model = load(options.model, options.device, options.dtype)
-    request = model.request(options)
+    request = model.request(options, options.prompt)
     layout = model.layout(request)
     for method in methods:  # a method that cannot serve this size fails here, before any step
-        method.plan(layout)
+        method.attention(layout)
     kinds = [method.name for method in methods]
     entries = [_entry(method, kinds.count(method.name) == 1, model, request, options) for method in methods]
     print(f"{model.name}: {request.prompt!r}, {_size(request)}, {layout.num_tokens:,} tokens, on {model.device}")
@@ -82,10 +87,17 @@ def run(options: argparse.Namespace) -> int:
         return 130
     records = {record["id"]: record for record in read_records(writer.path)}
     _write_pages(options.output, model, entries, [records[entry.job.key] for entry in entries], frames, layout, request)
+    unknown = [entry.label for entry in entries[1:] if BY_HEAD not in records[entry.job.key]["quality"]]
+    if options.discarded and unknown:
+        print(
+            f"no discarded mass of {', '.join(unknown)}: all calls are dense, or the record is of a run without "
+            "--discarded; pass another --output."
+        )
     return 0
 
 
-def _writer(folder: Path) -> RecordWriter:
+def record_writer(folder: Path) -> RecordWriter:
+    """The records of an output folder; a ValueError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "clips").mkdir(exist_ok=True)
@@ -99,20 +111,7 @@ def _writer(folder: Path) -> RecordWriter:
 
 
 def _entry(method: AttnMethod, only_one: bool, model: Model, request: Request, options: argparse.Namespace) -> Entry:
-    settings = method.options()
-    run_settings = {"dtype": str(model.pipe.transformer.dtype), "backend": options.backend, "device": str(model.device)}
-    job = Job(
-        method=method.name,
-        model=model.name,
-        prompt=request.prompt,
-        seed=request.seed,
-        size=(request.num_frames, request.height, request.width),
-        steps=request.steps,
-        guidance=request.guidance,
-        options=settings | run_settings,
-    )
-    inner = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    call = f"{method.name}({inner})" if inner else method.name
+    call, job = method_call(method), model.job(method, request, options.backend)
     return Entry(method.name if only_one else call, call, method, job)
 
 
@@ -133,21 +132,19 @@ def _frames(
     np.savez_compressed(clip, frames=(generation.frames * 255).round().astype(np.uint8))
     frames = _read(clip)
     reference = None if entry is dense else _read(options.output / "clips" / f"{dense.stem}.npz")
-    judge = model.judge(request.prompt)
-    metrics: list[str | Metric] = [*METRICS, judge] if judge else [*METRICS]
-    quality = measure(frames, reference, metrics)
-    if judge is None:
-        quality["prompt_accuracy"] = Score(None, skipped="the model brings no verifier that can read this prompt.")
+    quality = measure(frames, reference, [*METRICS]) | model.prompt_scores(frames, request.prompt)
+    mass = probe(model, request, entry.method, options.backend) if options.discarded and entry is not dense else None
+    quality |= mass.scores() if mass else {}
     layout = model.layout(request)
-    plan = entry.method.plan_or_dense(layout)
+    attention = entry.method.attention(layout)
     writer.append(
         make_record(
             entry.job,
             timings=_timings(generation, seconds),
             quality=quality,
             densities={
-                "executed": 1.0 if plan is None else plan.density,
-                "ideal": 1.0 if plan is None else layout.joint_density(entry.method.ideal_density(layout)),
+                "executed": 1.0 if attention is None else attention.density,
+                "ideal": 1.0 if attention is None else layout.joint_density(entry.method.ideal_density(layout)),
                 "run": generation.density,
             },
             baseline=None if entry is dense else dense.job.key,
@@ -199,7 +196,9 @@ def _write_pages(
     notes = _notes(records)
     page = write_report(folder, ReportData([result for _, result in results], layout.num_tokens, FPS, notes))
     print(f"\n{format_table(rows)}\n")
-    for line in [*(entry.call for entry in entries if entry.call != entry.label), *notes]:
+    masses = [(result.label, result.discarded) for _, result in results if result.discarded]
+    left_out = [f"{label} leaves out softmax mass: {mass}" for label, mass in masses]
+    for line in [*(entry.call for entry in entries if entry.call != entry.label), *left_out, *notes]:
         print(line)
     print(f"page: {page}\nsheet: {folder / 'sheet.png'}\nrecords: {folder / 'records.jsonl'}")
 
@@ -217,6 +216,7 @@ def _result(
         script=_script(entry, request, model),
         command=_command(entry, request, model),
         tile_picture=_picture(entry.method, layout),
+        discarded=discarded_of(record["quality"], model.spec.heads),
     )
     return SheetRow(entry.label, note, clip), result
 
@@ -231,12 +231,12 @@ def _notes(records: Sequence[Record]) -> list[str]:
 
 def _picture(method: AttnMethod, layout: TokenLayout) -> Image.Image | None:
     """What the query in the middle of the grid sees."""
-    plan = method.plan_or_dense(layout)
-    if plan is None:
+    attention = method.attention(layout)
+    if not isinstance(attention, PlannedAttention):
         return None
     frame, row, column = (size // 2 for size in layout.grid)
     position = layout.prefix + (frame * layout.grid[1] + row) * layout.grid[2] + column
-    seen = token_mask(plan, torch.tensor([position]))[0, :, 0].float().mean(0)
+    seen = token_mask(attention.plan, torch.tensor([position]))[0, :, 0].float().mean(0)
     grid = seen[layout.prefix : layout.prefix + layout.visual_tokens].reshape(layout.grid)
     return tile_picture(grid.numpy(), (frame, row, column))
 

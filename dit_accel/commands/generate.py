@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
     if options.output and not options.output.parent.is_dir():
         raise ValueError(f"the folder {options.output.parent} of --output does not exist; make it first.")
     model = load(options.model, options.device, options.dtype)
-    request = model.request(options)
-    method.plan(model.layout(request))
+    request = model.request(options, options.prompt)
+    method.attention(model.layout(request))
     suffix = ".mp4" if request.num_frames > 1 else ".png"
     path: Path = options.output or Path(f"output{suffix}")
     if path.suffix != suffix:

@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel.eval.quality import Metric, prompt_accuracy
+from dit_accel.eval.discarded import DiscardedMass, gather
+from dit_accel.eval.quality import Score
+from dit_accel.eval.records import Job
 from dit_accel.eval.speed import StepClock, measure
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines import shapes
-from dit_accel.pipelines.shapes.scenes import parse_caption
-from dit_accel.pipelines.shapes.verifier import ClipScore, score_clip
+from dit_accel.pipelines.shapes.verifier import score_clip
 from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plugin import apply
 
 Frames = np.ndarray[Any, np.dtype[Any]]
 
 EMBEDDED = "shapes"
+PROMPT_SCORES = ("prompt_accuracy", "clip_correct")
 _SIZES = ("height", "width", "num_frames", "steps", "guidance")  # of a request, defaults of a spec
 
 
@@ -76,21 +78,26 @@ class Model:
     def device(self) -> torch.device:
         return torch.device(self.pipe.device)
 
+    @property
+    def is_shapes(self) -> bool:
+        """Whether this is the embedded pipeline or one tuned from it: its verifier reads the clips."""
+        return self.spec.name == EMBEDDED
+
     def layout(self, request: Request) -> TokenLayout:
         return self.spec.layout(request.height, request.width, request.num_frames)
 
-    def request(self, options: argparse.Namespace) -> Request:
+    def request(self, options: argparse.Namespace, prompt: str | None) -> Request:
         """The request of a command line, the model's defaults where it says nothing.
 
         Raises:
             ValueError: a size the model cannot make, or no prompt for a model that has no own.
         """
-        spec, embedded = self.spec, self.name == EMBEDDED
-        if options.prompt is None and not embedded:
+        spec = self.spec
+        if prompt is None and self.name != EMBEDDED:
             raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
         given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
         request = Request(
-            prompt=shapes.EXAMPLE_PROMPTS[0] if options.prompt is None else options.prompt,
+            prompt=shapes.EXAMPLE_PROMPTS[0] if prompt is None else prompt,
             seed=options.seed,
             **{name: given.get(name, getattr(spec, name)) for name in _SIZES},
         )
@@ -99,15 +106,31 @@ class Model:
         self.layout(request)
         return request
 
-    def judge(self, prompt: str) -> Metric | None:
-        """How much of the prompt a clip shows, where the model brings a verifier that can read it."""
-        if self.name != EMBEDDED:
-            return None
+    def job(self, method: AttnMethod, request: Request, backend: str) -> Job:
+        """What identifies the record of one request run with one method."""
+        run_settings = {"dtype": str(self.pipe.transformer.dtype), "backend": backend, "device": str(self.device)}
+        return Job(
+            method=method.name,
+            model=self.name,
+            prompt=request.prompt,
+            seed=request.seed,
+            size=(request.num_frames, request.height, request.width),
+            steps=request.steps,
+            guidance=request.guidance,
+            options=method.options() | run_settings,
+        )
+
+    def prompt_scores(self, clip: Frames, prompt: str) -> dict[str, Score]:
+        """How much of the prompt a uint8 clip shows: the share of its objects, and whether all of it is right."""
         try:
-            parse_caption(prompt)
-        except ValueError:
-            return None
-        return prompt_accuracy(lambda clip: _share_shown(score_clip(clip.numpy(), prompt)))
+            if not self.is_shapes:
+                raise ValueError("the model brings no verifier.")
+            seen = score_clip(clip, prompt)
+        except ValueError as error:
+            return {name: Score(None, skipped=str(error)) for name in PROMPT_SCORES}
+        share = seen.objects / (seen.wanted + seen.extra)  # of everything wanted or extra, what is wanted and right
+        values = (share, float(seen.correct))
+        return {name: Score(value, (value,)) for name, value in zip(PROMPT_SCORES, values, strict=True)}
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> Model:
@@ -136,7 +159,7 @@ def _load_diffusers(name: str, dtype: torch.dtype) -> Any:
         raise ValueError(f"there is no model {name!r}; {instead}.")
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last: a pipeline class that diffusers does not have
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{name!r} could not be loaded ({reason}); check the id, the network or the folder."
@@ -151,7 +174,7 @@ def generate(model: Model, request: Request, method: AttnMethod, backend: Any, p
     hook = pipe.transformer.register_forward_pre_hook(clock.start)
     try:
         with apply(pipe, method, backend=backend) as handle, handle.timing() as tally:
-            arguments = _arguments(model, request) | {"callback_on_step_end": clock}
+            arguments = call_arguments(model, request) | {"callback_on_step_end": clock}
             whole = measure(lambda: outputs.append(pipe(**arguments)[0][0]), warmup=0, runs=1, device=device)
     finally:
         hook.remove()
@@ -167,9 +190,13 @@ def generate(model: Model, request: Request, method: AttnMethod, backend: Any, p
     )
 
 
-def _share_shown(score: ClipScore) -> float:
-    """Of everything wanted or extra in a clip, the share that is a wanted object with everything right."""
-    return score.objects / (score.wanted + score.extra)
+def probe(model: Model, request: Request, method: AttnMethod, backend: Any) -> DiscardedMass | None:
+    """What the method leaves out of the softmax in one run, untimed; None where every call is dense."""
+    model.pipe.set_progress_bar_config(disable=True)
+    with apply(model.pipe, method, backend=backend) as handle, handle.probing() as calls:
+        model.pipe(**call_arguments(model, request) | {"output_type": "latent"})
+    masses = gather(calls, blocks=model.spec.num_blocks, steps=request.steps)
+    return masses[0] if masses else None
 
 
 def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) -> float:
@@ -179,12 +206,12 @@ def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) ->
     clock = StepClock(model.device)
     clock.start()
     with apply(model.pipe, always, backend=backend):
-        arguments = _arguments(model, request) | {"num_inference_steps": 1, "output_type": "latent"}
+        arguments = call_arguments(model, request) | {"num_inference_steps": 1, "output_type": "latent"}
         model.pipe(**arguments, callback_on_step_end=clock)
     return clock.denoise_seconds
 
 
-def _arguments(model: Model, request: Request) -> dict[str, Any]:
+def call_arguments(model: Model, request: Request) -> dict[str, Any]:
     """The pipeline call's arguments."""
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
@@ -197,6 +224,6 @@ def _arguments(model: Model, request: Request) -> dict[str, Any]:
     }
     if model.spec.num_frames > 1:
         arguments["num_frames"] = request.num_frames
-    if model.name == EMBEDDED:
+    if model.is_shapes:
         arguments["max_sequence_length"] = shapes.DEFAULT_TEXT_LENGTH
     return arguments

@@ -26,4 +26,6 @@ def difference_map(
         ValueError: for malformed clips, or a frame count or size that does not match.
     """
     clip, target = as_pair(frames, reference)
-    return np.stack([colour_map(((x - y).abs().mean(-1) * gain).numpy()) for x, y in zip(clip, target, strict=True)])
+    return np.stack(
+        [colour_map(((x - y).abs().mean(-1) * gain).cpu().numpy()) for x, y in zip(clip, target, strict=True)]
+    )

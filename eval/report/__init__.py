@@ -1,7 +1,18 @@
-"""What a comparison shows: tables, pictures of what a query sees, and a self-contained page."""
+"""What a comparison shows: tables, pictures of what a query sees and of what it misses, and a self-contained page."""
 
+from dit_accel.eval.report.heat_map import heat_map, heat_map_scale
 from dit_accel.eval.report.page import MethodResult, ReportData, write_report
 from dit_accel.eval.report.tables import MISSING, format_table, summary
 from dit_accel.eval.report.tile_picture import tile_picture
 
-__all__ = ["MISSING", "MethodResult", "ReportData", "format_table", "summary", "tile_picture", "write_report"]
+__all__ = [
+    "MISSING",
+    "MethodResult",
+    "ReportData",
+    "format_table",
+    "heat_map",
+    "heat_map_scale",
+    "summary",
+    "tile_picture",
+    "write_report",
+]

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from dit_accel.eval.discarded import DiscardedMass
 from dit_accel.eval.frames import Frames, as_uint8
 from dit_accel.eval.media import data_uri, png_bytes
 from dit_accel.eval.quality.difference import GAIN
 from dit_accel.eval.records import Record
 from dit_accel.eval.report.embed import Encoding, Media, embed
+from dit_accel.eval.report.heat_map import heat_map, heat_map_scale
 from dit_accel.eval.report.markup import Html, element, fill, join
 from dit_accel.eval.report.tables import speed_up, summary
 
@@ -31,6 +33,7 @@ class MethodResult:
         script: Python that makes this clip.
         command: shell command that makes this clip.
         tile_picture: what a query sees, see ``tile_picture``. Default: none.
+        discarded: the softmax mass it leaves out, shown as a heat map. Default: not measured.
     """
 
     record: Record
@@ -39,6 +42,7 @@ class MethodResult:
     script: str
     command: str
     tile_picture: Image.Image | None = None
+    discarded: DiscardedMass | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def write_report(folder: str | os.PathLike[str], report: ReportData, budget: int
     results, baseline = report.results, report.results[0].record
     clips = [as_uint8(result.frames, result.label) for result in results]
     media, encoding = embed(clips, report.fps, budget)
+    scale = heat_map_scale([result.discarded for result in results if result.discarded])
     frames, height, width, _ = clips[0].shape
     page = fill(
         "template.html",
@@ -83,7 +88,7 @@ def write_report(folder: str | os.PathLike[str], report: ReportData, budget: int
         facts=_facts(baseline, report.tokens, (frames, height, width)),
         table=_table(results),
         player="" if frames == 1 else fill("player.html", last=frames - 1, fps=report.fps),
-        cards=join(_card(result, item, baseline) for result, item in zip(results, media, strict=True)),
+        cards=join(_card(result, item, baseline, scale) for result, item in zip(results, media, strict=True)),
         compare="" if len(results) == 1 else _compare(results, media, frames // 2, width / height),
         how=_how(results[0], encoding),
         environment=_pairs(baseline["machine"] | baseline["versions"] | _provenance(baseline)),
@@ -142,7 +147,7 @@ def _heading(column: str) -> str:
     return column[0].upper() + column[1:]
 
 
-def _card(result: MethodResult, media: Media, baseline: Record) -> Html:
+def _card(result: MethodResult, media: Media, baseline: Record, scale: float) -> Html:
     figures = summary(result.record, baseline)
     is_baseline = result.record is baseline
     shown = (
@@ -166,6 +171,12 @@ def _card(result: MethodResult, media: Media, baseline: Record) -> Html:
             "Keys that one query (outlined) sees",
             data_uri(png_bytes(picture), "image/png") if picture else None,
             f"Tiles of {result.label}",
+        ),
+        discarded=_figure(
+            "tiles",
+            f"Softmax mass left out: {result.discarded}",
+            data_uri(png_bytes(heat_map(result.discarded, scale)), "image/png") if result.discarded else None,
+            f"Discarded softmax mass of {result.label}, blocks by heads and by step",
         ),
         options=_options(result.record["options"]),
         script=result.script,
@@ -221,6 +232,9 @@ def _how(baseline: MethodResult, encoding: Encoding) -> Html:
             "initial noise. PSNR is of the clip's mean squared error; SSIM uses an 11 × 11 Gaussian window. Closeness "
             "to dense is not the same as looking good.",
             "Prompt accuracy": "Share of the prompt's statements that a verifier reads back from the clip.",
+            "Softmax mass left out": "Share of a query's softmax that dense attention gives to keys that the method "
+            "did not look at, on one query of each query tile in a run of its own, where it was asked for. A colour "
+            "means the same for every method; grey is dense.",
             "This page": f"Shows compressed media ({encoding}); every number was measured before compression.",
         }
     )

@@ -27,10 +27,10 @@ def summary(record: Record, baseline: Record, label: str | None = None) -> dict[
     timings, densities = record["timings"], record["densities"]
     return {
         "method": label or record["method"],
-        "denoise": _number(timings.get("denoise"), ".2f", " s"),
-        "attention": _number(timings.get("attention"), ".2f", " s"),
-        "speed-up": _number(speed_up(record, baseline), ".2f", "×"),
-        "density": _number(densities.get("executed"), ".1%"),
+        "denoise": number(timings.get("denoise"), ".2f", " s"),
+        "attention": number(timings.get("attention"), ".2f", " s"),
+        "speed-up": number(speed_up(record, baseline), ".2f", "×"),
+        "density": number(densities.get("executed"), ".1%"),
         "PSNR": _quality(record, "psnr", ".1f", " dB"),
         "SSIM": _quality(record, "ssim", ".3f"),
         "prompt accuracy": _quality(record, "prompt_accuracy", ".0%"),
@@ -67,10 +67,11 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _quality(record: Record, metric: str, style: str, unit: str = "") -> str:
-    return _number(record["quality"].get(metric, {}).get("value"), style, unit)
+    return number(record["quality"].get(metric, {}).get("value"), style, unit)
 
 
-def _number(value: float | None, style: str, unit: str = "") -> str:
+def number(value: float | None, style: str, unit: str = "") -> str:
+    """A figure as text: missing where there is none, infinity as "identical", which a PSNR without error is."""
     if value is None:
         return MISSING
     return "identical" if math.isinf(value) else f"{value:{style}}{unit}"
