@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dit_accel.eval import hostile_check, kernel_check
+from dit_accel.eval.case_runs import run_family, summary_of
 from dit_accel.eval.hostile_calls import TINY
 from dit_accel.eval.kernel_cases import FAMILY, ODD_TILES, STYLES, Case, build, case_of, views
-from dit_accel.eval.kernel_check import run_case, run_family, summary_of
+from dit_accel.eval.kernel_check import run_case
 from dit_accel.eval.row_check import Outcome, row_reference
 from dit_accel.kernels import AxisWindows, BlockPlan, block_sparse_attention, can_run
 from dit_accel.kernels.block_sparse.inputs import Inputs
@@ -150,7 +152,8 @@ def test_the_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_case_that_raises_is_a_failed_record_and_ends_its_family() -> None:
-    records = run_family(range(0, 3), "cpu", float("inf"), largest=20)  # of the gluon backend, which needs a GPU
+    record_of = functools.partial(kernel_check.record_of, device="cpu", largest=20)
+    records = run_family(range(0, 3), record_of, float("inf"))  # of the gluon backend, which needs a GPU
     assert [record["seed"] for record in records] == [0]
     assert "a Hopper GPU" in records[0]["raised"]
     assert summary_of(records, 3)["failed"] == [0] and summary_of(records, 3)["not_run"] == 2
