@@ -1,4 +1,4 @@
-"""`dit-accel bench`: the block-sparse operator against its peers on one machine, in turns, and the picture of it."""
+"""`dit-accel bench`: the operator against its peers, and methods against dense attention, in turns, with pictures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
+from dit_accel.commands.bench_methods import settings
+from dit_accel.eval.bench.calls import CallRow, bench_call, call_table, plot_growth
 from dit_accel.eval.bench.cases import Case, MakePlan, random_cases
 from dit_accel.eval.bench.operators import DEFAULT, OPERATORS, Operator
 from dit_accel.eval.bench.report import append, facts, plot, read, table
-from dit_accel.eval.bench.run import Effort, bench_case
+from dit_accel.eval.bench.run import Effort, Row, bench_case
 from dit_accel.eval.rates import matmul_rate
 from dit_accel.kernels import BlockPlan
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.base import StaticMethod
 from dit_accel.methods.grat import GRATAttnProcessor
 from dit_accel.methods.neighborhood import NeighborhoodAttnProcessor
 from dit_accel.methods.radial import RadialAttnProcessor
@@ -28,7 +30,7 @@ HUNYUAN = TokenLayout((33, 45, 80), 256, "suffix")
 SMALL = TokenLayout((5, 14, 22), 21, "prefix")
 
 # Published settings where the name says whose; the others at a density near that of their papers.
-GPU_METHODS: tuple[tuple[str, AttnMethod, TokenLayout, int, bool], ...] = (
+GPU_METHODS: tuple[tuple[str, StaticMethod, TokenLayout, int, bool], ...] = (
     ("radial", RadialAttnProcessor(), WAN, 40, True),
     ("neighborhood", NeighborhoodAttnProcessor(density=0.2), WAN, 40, False),
     ("grat", GRATAttnProcessor(density=0.2), WAN, 40, False),
@@ -38,7 +40,7 @@ GPU_METHODS: tuple[tuple[str, AttnMethod, TokenLayout, int, bool], ...] = (
     ("NATTEN Flux 4K", NeighborhoodAttnProcessor(window=(1, 80, 80), stride=(1, 16, 16)), FLUX, 24, True),
     ("radial, HunyuanVideo", RadialAttnProcessor(sink=False), HUNYUAN, 24, False),
 )
-CPU_METHODS: tuple[tuple[str, AttnMethod, TokenLayout, int, bool], ...] = (
+CPU_METHODS: tuple[tuple[str, StaticMethod, TokenLayout, int, bool], ...] = (
     ("neighborhood", NeighborhoodAttnProcessor(window=(3, 7, 9)), SMALL, 2, True),
 )
 EFFORTS = {  # by device and whether it is the short run
@@ -52,24 +54,49 @@ EFFORTS = {  # by device and whether it is the short run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
     kernels = actions.add_parser("kernels", help="time the operator and its peers; every speed is checked first")
-    kernels.add_argument("--output", type=Path, help="append JSON lines, one per operator and case, to this file")
-    kernels.add_argument("--cases", default="", help="only those whose name holds this text")
     kernels.add_argument("--operators", help=f"comma-separated, of {', '.join(OPERATORS)}")
-    kernels.add_argument("--quick", action="store_true", help="a few cases, fewer rounds")
-    picture = actions.add_parser("plot", help="draw TFLOP/s against density from records")
-    picture.add_argument("records", type=Path, help="what `bench kernels --output` wrote")
+    methods = actions.add_parser("methods", help="time whole attention calls of methods, their choice of keys included")
+    for action in (kernels, methods):
+        action.add_argument("--output", type=Path, help="append JSON lines, one per operator and case, to this file")
+        action.add_argument("--cases", default="", help="only those whose name holds this text")
+        action.add_argument("--quick", action="store_true", help="fewer rounds, and of the kernels' cases a few")
+    picture = actions.add_parser("plot", help="draw TFLOP/s against density, or seconds against tokens, from records")
+    picture.add_argument("records", type=Path, help="what `bench kernels` or `bench methods` wrote with --output")
     picture.add_argument("--output", type=Path, help="the PNG (default: beside the records)")
 
 
 def run(options: argparse.Namespace) -> int:
-    return _plot(options) if options.action == "plot" else _kernels(options)
+    return {"plot": _plot, "kernels": _kernels, "methods": _methods}[options.action](options)
 
 
 def _plot(options: argparse.Namespace) -> int:
     path = options.output or options.records.with_suffix(".png")
-    plot(read(options.records), path)
+    rows = read(options.records, Row.__required_keys__ & CallRow.__required_keys__)
+    if all("batch" in row for row in rows):
+        plot_growth(rows, path)
+    else:
+        plot(read(options.records), path)
     print(f"picture: {path}")
     return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dense = [operator for operator in _operators(None, device) if operator.dense]
+    cases = [case for case in (setting.case(device) for setting in settings(device)) if options.cases in case.name]
+    if not cases:
+        names = "; ".join(setting.case(device).name for setting in settings(device))
+        raise ValueError(f"no case matches --cases {options.cases!r}; there are {names}.")
+    shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul_rate(device, dtype) / 1e12)
+    wrong = False
+    for case in cases:
+        rows = bench_call(case, dense, device, dtype, EFFORTS[device.type, options.quick])
+        print(f"\n{case.name}\n{call_table(rows)}")
+        wrong |= rows[0]["refused"] is not None
+        if options.output:
+            append(options.output, rows, shared)
+    return 1 if wrong else 0
 
 
 def _kernels(options: argparse.Namespace) -> int:
@@ -110,7 +137,7 @@ def all_cases(device: torch.device) -> list[Case]:
 
 
 def _method_case(
-    label: str, method: AttnMethod, layout: TokenLayout, heads: int, quick: bool, *, device: torch.device
+    label: str, method: StaticMethod, layout: TokenLayout, heads: int, quick: bool, *, device: torch.device
 ) -> Case:
     head_dim = 128 if device.type == "cuda" else 32
     return Case(
@@ -125,7 +152,7 @@ def _method_case(
     )
 
 
-def _plan_of(method: AttnMethod, layout: TokenLayout) -> MakePlan:
+def _plan_of(method: StaticMethod, layout: TokenLayout) -> MakePlan:
     def make(device: torch.device) -> BlockPlan:
         plan = method.plan(layout)
         assert plan is not None, "every method here is sparse on its layout"

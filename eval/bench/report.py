@@ -43,7 +43,7 @@ def facts(command: str, matmul_tflops: float) -> dict[str, Any]:
     }
 
 
-def append(path: Path, rows: Iterable[Row], shared: Mapping[str, Any]) -> None:
+def append(path: Path, rows: Iterable[Mapping[str, Any]], shared: Mapping[str, Any]) -> None:
     """One JSON line per row, at the end of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -51,8 +51,8 @@ def append(path: Path, rows: Iterable[Row], shared: Mapping[str, Any]) -> None:
             file.write(json.dumps({**row, **shared}) + "\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that ``append`` wrote.
+def read(path: Path, keys: frozenset[str] = Row.__required_keys__) -> list[dict[str, Any]]:
+    """The lines of a file that ``append`` wrote, of rows that have ``keys``.
 
     Raises:
         ValueError: when a line is not a row of a benchmark.
@@ -63,7 +63,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not Row.__required_keys__ <= row.keys():
+        if not isinstance(row, dict) or not keys <= row.keys():
             raise ValueError(f"line {number} of {path} is not a benchmark row, got {line[:60]!r}; remove that line.")
         rows.append(row)
     return rows

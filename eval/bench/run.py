@@ -123,7 +123,7 @@ def _check(
                 if operator.dense not in references:
                     references[operator.dense] = row_reference(call, sampled)
                 outcome = _judge(operator, call, references[operator.dense])
-            row["working_bytes"] = _working_bytes(step := _step(operator, call))
+            row["working_bytes"] = working_bytes(step := _step(operator, call))
         except Exception as error:  # a peer may raise anything, and the others are still to be measured
             row["refused"] = f"it failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
@@ -155,7 +155,7 @@ def _step(operator: Operator, call: Inputs) -> Callable[[], object]:
     return lambda: torch.autograd.grad(operator.attend(call), leaves, upstream)
 
 
-def _working_bytes(step: Callable[[], object]) -> int | None:
+def working_bytes(step: Callable[[], object]) -> int | None:
     """Most bytes allocated during a call beyond those before it; the check's call has filled the caches."""
     if not torch.cuda.is_available():
         return None
