@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_accel.eval.rates import Attention, Rates, rates
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import make_method
-from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.attention import AttnCall
+from dit_accel.methods.base import AttnMethod, StaticMethod
 from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plan import plan_from_tile_mask
 
@@ -132,7 +133,7 @@ def explain_spec(
     executed = 1.0 if bound is None else bound.density
     ideal = 1.0 if bound is None else layout.joint_density(method.ideal_density(layout))
     share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if bound else 0.0
-    measured = _measure(spec.head_dim, device)
+    measured = _measure(method, spec.head_dim, device)
     rest, attention = spec.linear_flops(layout), spec.attention_flops(layout)
     before = measured.seconds(matmul=rest, dense=attention)
     after = measured.seconds(matmul=rest, dense=attention * (1 - share), sparse=attention * executed * share)
@@ -169,20 +170,22 @@ def _advice(speedup: float, attention_share: float, method: AttnMethod, dense_be
     return f"Attention takes {attention_share:.0%} of the dense time here; {method.name} pays off."
 
 
-def _measure(head_dim: int, device: str) -> Rates:
-    """This machine's rates, the operator at a density typical of the methods."""
-
-    def make_sparse(tokens: int) -> tuple[Attention, float]:
-        layout = TokenLayout((1, 1, tokens))
-        tiles = layout.raster(128)
-        generator = torch.Generator().manual_seed(0)
-        keep = torch.rand(tiles.num_tiles, tiles.num_tiles, generator=generator) < PROBE_DENSITY
-        plan = plan_from_tile_mask(layout, tiles, keep).to(device)
-
-        def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_sparse_attention(q, k, v, plan)
-
-        return sparse, plan.density
-
+def _measure(method: AttnMethod, head_dim: int, device: str) -> Rates:
+    """This machine's rates: of a method that chooses its keys, the choice included, or of the operator."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return rates(device, dtype, head_dim, make_sparse)
+    return rates(device, dtype, head_dim, lambda tokens: _probe_call(method, tokens, device))
+
+
+def _probe_call(method: AttnMethod, tokens: int, device: str) -> tuple[Attention, float]:
+    """A call on so many tokens, and the share of pairs that it computes; for static methods one typical of them all."""
+    if not isinstance(method, StaticMethod):
+        layout = TokenLayout((1, math.isqrt(tokens), tokens // math.isqrt(tokens)))
+        bound = dataclasses.replace(method, min_tokens=0).attention(layout, device)
+        assert bound is not None, "it chooses on every layout"
+        return lambda q, k, v: bound.attend(AttnCall(q, k, v)).out, bound.density
+    layout = TokenLayout((1, 1, tokens))
+    tiles = layout.raster(128)
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(tiles.num_tiles, tiles.num_tiles, generator=generator) < PROBE_DENSITY
+    plan = plan_from_tile_mask(layout, tiles, keep).to(device)
+    return lambda q, k, v: block_sparse_attention(q, k, v, plan), plan.density

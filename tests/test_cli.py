@@ -110,6 +110,19 @@ def test_explain_answers_from_the_shape_alone(capsys: pytest.CaptureFixture[str]
     assert figures["run_density"] == pytest.approx(1 - share * (1 - figures["executed_density"]))
 
 
+@pytest.mark.parametrize("method", ["draft", "log_linear", "pyramid"])
+def test_explain_measures_a_method_that_chooses_with_its_choice(
+    capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    asked = f"{method}(density=0.2, start_percent=0.25)"
+    code, text, _ = run(capsys, "explain", "--model", "shapes", "--method", asked, "--format", "json")
+    figures = json.loads(text)
+    assert code == 0
+    assert figures["executed_density"] == pytest.approx(0.2, abs=0.015)
+    assert figures["run_density"] == pytest.approx(0.25 + 0.75 * figures["executed_density"])
+    assert figures["predicted_speedup"] > 0
+
+
 def test_explain_says_when_dense_is_better(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "explain", "--model", "shapes", "--method", "radial(min_tokens=10000)")
     assert code == 0

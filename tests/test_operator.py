@@ -307,3 +307,12 @@ def test_recomputed_gradients_need_no_recording_outside() -> None:
         x = torch.ones(2).requires_grad_()
         assert (2 * x).requires_grad
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_rounds_nothing_inside(backend: str) -> None:
+    plan = plan_from_tile_mask(TokenLayout((1, 1, 48)), TokenLayout((1, 1, 48)).raster(16), torch.eye(3) > 0)
+    q, k, v = (torch.randn(1, 48, 2, 16) for _ in range(3))
+    plain = block_sparse_attention(q, k, v, plan, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block_sparse_attention(q, k, v, plan, backend=backend), plain)

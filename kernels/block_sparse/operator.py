@@ -128,7 +128,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     *flat, with_lse, gradients = arguments
     call = _call(flat)
     inputs = _inputs(q, k, v, call, with_lse, gradients)
-    with torch.cuda.device_of(q):
+    # Autocast would round the products of the backends that are written in torch.
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         out, lse = backends.load(backends.resolve(call.backend, inputs)).forward(inputs)
     return out.contiguous(), q.new_empty(0) if lse is None or not with_lse else lse.contiguous()
 
@@ -154,7 +155,7 @@ def _backward(
     inputs = _inputs(q, k, v, call, True, True)
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         gradients = backends.gradients(backends.resolve(call.backend, inputs), inputs, out, lse, grad_out, grad_lse)
     return tuple(q.new_empty(0) if x is None else x.contiguous() for x in gradients)
 

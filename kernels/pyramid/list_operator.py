@@ -82,7 +82,7 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> ListInputs:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call._make(arguments)
     inputs = _inputs(q, k, v, call)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         out, lse = _module(_MODULES[_resolve(call.backend, inputs)]).forward(inputs)
     return out.contiguous(), lse.contiguous()
 
@@ -107,7 +107,7 @@ def _backward(
     call = _Call._make(arguments)
     inputs = _inputs(q, k, v, call)
     backend = _resolve(call.backend, inputs)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
             grad_out = out.new_zeros(()).expand(out.shape) if grad_out is None else grad_out
             found = _module("triton_list_backward").backward(inputs, out, lse, grad_out, grad_lse)
