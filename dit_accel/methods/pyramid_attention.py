@@ -16,7 +16,7 @@ from dit_accel.kernels.pyramid.importance import log_importance
 from dit_accel.kernels.pyramid.list_operator import ListBackend
 from dit_accel.kernels.pyramid.lists import BlockLists
 from dit_accel.kernels.pyramid.order import curve_order
-from dit_accel.kernels.pyramid.text import text_padding, with_text_queries
+from dit_accel.kernels.pyramid.text import with_text_queries, without_padding
 from dit_accel.kernels.selection.choose import row_top_k, row_top_p
 from dit_accel.kernels.selection.lists import lists_from_mask
 from dit_accel.layout import TokenLayout
@@ -181,10 +181,8 @@ class PyramidAttention(BoundAttention):
             return None
         weights = self._log_weights
         if call.text_lengths is not None:
-            hidden = text_padding(self.layout.text_tokens, call.text_lengths)
-            start = self._piece * sum(self._pieces[1:-1])
-            hidden = F.pad(hidden, (start, weights.shape[-1] - start - hidden.shape[-1]))
-            weights = weights.masked_fill(hidden[:, None, None], -torch.inf)
+            first = self._piece * sum(self._pieces[1:-1])
+            weights = without_padding(weights, first, self.layout.text_tokens, call.text_lengths)
         return PooledKeys(self._stacked(call.k), self._stacked(call.v), weights)
 
     def _stacked(self, x: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ def _plan(call: Call) -> BlockPlan:
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, call: Call, with_lse: bool, gradients: bool) -> Inputs:
-    pooled = None
-    if call.pooled_k is not None and call.pooled_v is not None and call.log_weights is not None:
-        pooled = PooledKeys(call.pooled_k.detach(), call.pooled_v.detach(), call.log_weights.detach())
+    pooled = PooledKeys.detached(call.pooled_k, call.pooled_v, call.log_weights)
     q, k, v = q.detach(), k.detach(), v.detach()
     return Inputs(q, k, v, _plan(call), call.scale, call.text_lengths, pooled, with_lse, gradients, call.precision)
 

@@ -268,3 +268,10 @@ class PooledKeys(NamedTuple):
     k: Tensor
     v: Tensor
     log_weights: Tensor
+
+    @staticmethod
+    def detached(k: Tensor | None, v: Tensor | None, log_weights: Tensor | None) -> PooledKeys | None:
+        """From the optional arguments of an operator."""
+        if k is None or v is None or log_weights is None:
+            return None
+        return PooledKeys(k.detach(), v.detach(), log_weights.detach())

@@ -72,9 +72,7 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> ListInputs:
     for i, rows in enumerate(call.rows):
         counts, first, indices, hidden = (x.contiguous() for x in call.lists[4 * i : 4 * i + 4])
         lists.append(BlockLists(rows, call.block, counts, first, indices, hidden if hidden.ndim > 1 else None))
-    pooled = None
-    if call.pooled_k is not None and call.pooled_v is not None and call.log_weights is not None:
-        pooled = PooledKeys(call.pooled_k.detach(), call.pooled_v.detach(), call.log_weights.detach())
+    pooled = PooledKeys.detached(call.pooled_k, call.pooled_v, call.log_weights)
     order = call.order.contiguous()
     return ListInputs(q.detach(), k.detach(), v.detach(), tuple(lists), order, pooled, call.scale)
 

@@ -16,7 +16,7 @@ from dit_accel.kernels.pyramid.list_operator import ListBackend
 from dit_accel.kernels.pyramid.lists import SIZES
 from dit_accel.kernels.pyramid.log_linear_lists import log_linear_lists
 from dit_accel.kernels.pyramid.means import Levels, curve_means
-from dit_accel.kernels.pyramid.text import with_text_queries
+from dit_accel.kernels.pyramid.text import with_text_queries, without_padding
 
 _TOP = 256  # blocks of the top level, at most, where ``levels`` is not given
 
@@ -150,8 +150,7 @@ def _log_weights(levels: Levels, text_lengths: Tensor | None, device: torch.devi
     weights = _shared_log_weights(levels, device)
     if text_lengths is None:
         return weights
-    text_key = torch.arange(levels.rows, device=device) - levels.start(levels.depth + 1)
-    return weights.masked_fill((text_key >= text_lengths[:, None])[:, None, None], -torch.inf)
+    return without_padding(weights, levels.start(levels.depth + 1), levels.text, text_lengths)
 
 
 @functools.lru_cache(maxsize=64)

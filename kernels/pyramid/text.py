@@ -61,6 +61,13 @@ def text_padding(text_tokens: int, text_lengths: Tensor) -> Tensor:
     return torch.arange(text_tokens, device=text_lengths.device) >= text_lengths[:, None]
 
 
+def without_padding(log_weights: Tensor, first: int, text_tokens: int, text_lengths: Tensor) -> Tensor:
+    """Log weights [1, 1, 1, P] as [B, 1, 1, P] with -inf for the text's padding; text keys begin at ``first``."""
+    beyond = log_weights.shape[-1] - first - text_tokens
+    hidden = F.pad(text_padding(text_tokens, text_lengths), (first, beyond))
+    return log_weights.masked_fill(hidden[:, None, None], -torch.inf)
+
+
 def _joined(out: Tensor, rows: Tensor, prefix: int, tokens: int) -> Tensor:
     if out.requires_grad or rows.requires_grad:
         return torch.cat([rows[:, :prefix], out[:, prefix : prefix + tokens], rows[:, prefix:]], 1)
