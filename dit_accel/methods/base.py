@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import BlockPlan, TileGrid
+from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.attention import BoundAttention, PlannedAttention, SelectedAttention
 from dit_accel.methods.correction import CorrectedAttention, Correction
+from dit_accel.plan import plan_from_windows, windows_density
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,26 @@ class StaticMethod(AttnMethod):
     def bind(self, layout: TokenLayout, device: torch.device) -> BoundAttention | None:
         plan = self.plan(layout)
         return None if plan is None else PlannedAttention(layout, plan.to(device))
+
+
+class WindowMethod(StaticMethod):
+    """A static method with an exact rule of one interval of keys per axis and query coordinate."""
+
+    @abstractmethod
+    def boxes(self, layout: TokenLayout) -> TileGrid:
+        """The grid cut into tiles, the same ones for every ``density``."""
+
+    @abstractmethod
+    def windows(self, layout: TokenLayout) -> AxisWindows:
+        """The rule on ``layout``."""
+
+    def plan(self, layout: TokenLayout) -> BlockPlan:
+        """The boxes that the rule touches, and the rule itself inside those that it cuts."""
+        return plan_from_windows(layout, self.boxes(layout), self.windows(layout))
+
+    def ideal_density(self, layout: TokenLayout) -> float:
+        """Share of the grid's pairs that the rule keeps."""
+        return windows_density(layout.boxes((1, 1, 1)), self.windows(layout))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from dit_accel.kernels.block_sparse.plan import MAX_RADIUS, AxisWindows, BlockPlan, TileGrid, Triple
+from dit_accel.kernels.block_sparse.plan import MAX_RADIUS, AxisWindows, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import StaticMethod, check_triple, largest_within
-from dit_accel.plan import best_boxes, plan_from_windows, windows_density
+from dit_accel.methods.base import WindowMethod, check_triple, largest_within
+from dit_accel.plan import best_boxes, windows_density
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLEARAttnProcessor(StaticMethod):
+class CLEARAttnProcessor(WindowMethod):
     """Circular windows, in cost linear in the number of tokens (arXiv 2412.16112).
 
     The query at row y and column x sees the key at y', x' when
@@ -55,18 +55,10 @@ class CLEARAttnProcessor(StaticMethod):
         if self.tile is not None:
             check_triple("tile", self.tile)
 
-    def plan(self, layout: TokenLayout) -> BlockPlan:
-        """The boxes that the discs touch, and the exact disc inside the boxes that its edge crosses."""
-        return plan_from_windows(layout, self._boxes(layout), self._windows(layout))
-
-    def ideal_density(self, layout: TokenLayout) -> float:
-        """Share of the grid's pairs inside the discs."""
-        return windows_density(layout.boxes((1, 1, 1)), self._windows(layout))
-
-    def _windows(self, layout: TokenLayout) -> AxisWindows:
+    def windows(self, layout: TokenLayout) -> AxisWindows:
         if self.density is None:
             return self._disc(layout, self.radius)
-        boxes, (_, rows, columns) = self._boxes(layout), layout.grid
+        boxes, (_, rows, columns) = self.boxes(layout), layout.grid
         everything = math.isqrt((rows - 1) ** 2 + (columns - 1) ** 2) + 1
 
         def density_of(index: int) -> float:
@@ -74,7 +66,7 @@ class CLEARAttnProcessor(StaticMethod):
 
         return self._disc(layout, 1 + largest_within(self.density, everything, density_of))
 
-    def _boxes(self, layout: TokenLayout) -> TileGrid:
+    def boxes(self, layout: TokenLayout) -> TileGrid:
         """One cut for all of ``density=``, so that larger discs never touch fewer pairs."""
         if self.tile is not None:
             return layout.boxes(self.tile)

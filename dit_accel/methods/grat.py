@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
+from dit_accel.kernels.block_sparse.plan import AxisWindows, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import StaticMethod, check_triple, largest_within
-from dit_accel.plan import best_boxes, plan_from_windows, windows_density
+from dit_accel.methods.base import WindowMethod, check_triple, largest_within
+from dit_accel.plan import best_boxes, windows_density
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRATAttnProcessor(StaticMethod):
+class GRATAttnProcessor(WindowMethod):
     """Grouping first, attending smartly (arXiv 2505.14687): all queries of a group of tokens share one set of keys.
 
     The grid is cut into boxes, the groups; a group has an index g per axis. With radius b, query group g sees key
@@ -58,18 +58,10 @@ class GRATAttnProcessor(StaticMethod):
         if self.tile is not None:
             check_triple("tile", self.tile)
 
-    def plan(self, layout: TokenLayout) -> BlockPlan:
-        """The boxes that the groups touch, and the exact groups inside the boxes they cut."""
-        return plan_from_windows(layout, self._boxes(layout), self._windows(layout))
-
-    def ideal_density(self, layout: TokenLayout) -> float:
-        """Share of the grid's pairs inside the groups seen."""
-        return windows_density(layout.boxes((1, 1, 1)), self._windows(layout))
-
-    def _windows(self, layout: TokenLayout) -> AxisWindows:
+    def windows(self, layout: TokenLayout) -> AxisWindows:
         if self.density is None:
             return self._given(layout)
-        boxes = self._boxes(layout)
+        boxes = self.boxes(layout)
         family = self._family(layout, boxes.tile)
 
         def density_of(index: int) -> float:
@@ -77,7 +69,7 @@ class GRATAttnProcessor(StaticMethod):
 
         return self._bounds(layout, *family[largest_within(self.density, len(family), density_of)])
 
-    def _boxes(self, layout: TokenLayout) -> TileGrid:
+    def boxes(self, layout: TokenLayout) -> TileGrid:
         """One cut for all of ``density=``, so that more groups never touch fewer pairs."""
         return layout.boxes(self.tile) if self.tile is not None else best_boxes(layout, self._given(layout))
 

@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan, TileGrid, Triple
+from dit_accel.kernels.block_sparse.plan import AxisWindows, TileGrid, Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import StaticMethod, check_triple
-from dit_accel.plan import best_boxes, plan_from_windows, windows_density
+from dit_accel.methods.base import WindowMethod, check_triple
+from dit_accel.plan import best_boxes, windows_density
 
 AXES = ("frame", "row", "column")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodAttnProcessor(StaticMethod):
+class NeighborhoodAttnProcessor(WindowMethod):
     """Sliding, strided, dilated or causal windows per axis, exactly as NATTEN defines them (arXiv 2204.07143,
     2209.15001, 2403.04690, 2504.16922).
 
@@ -74,18 +74,10 @@ class NeighborhoodAttnProcessor(StaticMethod):
                 f"got dilation={self.dilation} and causal={self.causal}; set window instead."
             )
 
-    def plan(self, layout: TokenLayout) -> BlockPlan:
-        """The boxes that the windows touch, and the exact windows inside the boxes they cut."""
-        return plan_from_windows(layout, self._boxes(layout), self._windows(layout))
-
-    def ideal_density(self, layout: TokenLayout) -> float:
-        """Share of the grid's pairs inside the windows."""
-        return windows_density(layout.boxes((1, 1, 1)), self._windows(layout))
-
-    def _windows(self, layout: TokenLayout) -> AxisWindows:
+    def windows(self, layout: TokenLayout) -> AxisWindows:
         if self.density is None:
             return self._bounds(layout, self._window(layout), self.stride)
-        density, boxes = self.density, self._boxes(layout)
+        density, boxes = self.density, self.boxes(layout)
 
         def fits(window: Triple) -> bool:
             return windows_density(boxes, self._bounds(layout, window, box)) <= density + 1e-12
@@ -98,13 +90,13 @@ class NeighborhoodAttnProcessor(StaticMethod):
             fitting = next((wider for wider in _wider(window, box, layout.grid) if fits(wider)), None)
         return self._bounds(layout, window, box)
 
-    def _boxes(self, layout: TokenLayout) -> TileGrid:
+    def boxes(self, layout: TokenLayout) -> TileGrid:
         """With ``density``, one cut for all targets, so that larger windows never touch fewer pairs."""
         if self.tile is not None:
             return layout.boxes(self.tile)
         if self.density is not None:
             return best_boxes(layout, self._bounds(layout, _share(layout.grid, 1, 2), stride=(1, 1, 1)))
-        return best_boxes(layout, self._windows(layout))
+        return best_boxes(layout, self.windows(layout))
 
     def _window(self, layout: TokenLayout) -> Triple:
         """``window`` with its defaults filled in."""
