@@ -30,12 +30,17 @@ def dense_rows(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if hidden is None and _flash_takes(q, k, v):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=scale
+            *(aligned(x).transpose(1, 2) for x in (q, k, v)), 0.0, False, scale=scale
         )
         return out.transpose(1, 2), lse[..., : q.shape[1]].detach()
     rows = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
     parts = [_eager(part, k, v, scale, hidden) for part in q.split(rows, 1)]
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied where it begins off the 16 bytes that torch's fused attention reads at once without a check."""
+    return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone()
 
 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
