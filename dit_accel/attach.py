@@ -27,7 +27,7 @@ def attach() -> None:
 
 
 def set_attn_processor(self: Any, processor: Any) -> None:
-    """Run this pipeline's attention by a dit_accel method: its name, a processor object, or None to restore."""
+    """Run this pipeline's attention by a dit_accel method: its name, a processor, a tuned plan, or None to restore."""
     from dit_accel import plugin
 
     plugin.set_attn_processor(self, processor)

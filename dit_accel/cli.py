@@ -39,6 +39,11 @@ COMMANDS = {
         "tokens, tiles, densities and predicted speed-up of a method on a size, without weights",
         "dit-accel explain --model wan2.1-14b --method radial --height 768 --width 1280 --num-frames 69",
     ),
+    "tune": Command(
+        "tune",
+        "find which attention each step and layer can do without, within a budget of quality or time",
+        "dit-accel tune --budget psnr=28 --output plan.json",
+    ),
     "train": Command(
         "train",
         "train a denoiser from nothing, fine-tune it or distil it, with the attention of a method",

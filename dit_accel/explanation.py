@@ -13,11 +13,14 @@ from dit_accel.eval.rates import Attention, Rates, rates
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods import make_method
 from dit_accel.methods.attention import AttnCall
+from dit_accel.methods.band import BandAttnProcessor
 from dit_accel.methods.base import AttnMethod, StaticMethod
+from dit_accel.methods.dit_fast_attn import DiTFastAttnProcessor
+from dit_accel.pipelines.costs import Work, course_work, full_work, is_guided
 from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plan import plan_from_tile_mask
+from dit_accel.tuned_plan import Applicable, method_for
 
 PROBE_DENSITY = 0.3
 
@@ -32,7 +35,8 @@ class Explanation:
         grid: latent grid after patchify, (frames, rows, columns).
         text_tokens: text tokens among ``tokens``.
         tile: tokens of one tile per axis; a raster tile is (1, 1, tokens). None where attention is dense.
-        executed_density: share of the query-key pairs that a sparse call computes, whole tiles counted, text included.
+        executed_density: share of the query-key pairs that a sparse call computes, whole tiles counted, text included;
+            of a plan the mean over a run.
         ideal_density: the same for the exact rule, before it is rounded to tiles.
         run_density: over a whole run, with its dense steps and blocks.
         dense_flops, sparse_flops: of the attention of one forward at batch 1.
@@ -82,7 +86,7 @@ class Explanation:
 
 def explain(
     pipe: Any,
-    method: str | AttnMethod,
+    method: Applicable,
     *,
     height: int | None = None,
     width: int | None = None,
@@ -94,7 +98,7 @@ def explain(
 
     Args:
         pipe: a diffusers pipeline with a supported denoiser.
-        method: a method's name, with ``options``, or a processor object.
+        method: a method's name, with ``options``, a processor object, or a tuned plan or its place.
         height, width: pixels; default the model's.
         num_frames: frames of a video; default the model's.
         steps: denoising steps; default the model's.
@@ -104,7 +108,7 @@ def explain(
     """
     return explain_spec(
         spec_of(pipe),
-        make_method(method, **options),
+        method_for(pipe, method, **options),
         height=height,
         width=width,
         num_frames=num_frames,
@@ -130,13 +134,21 @@ def explain_spec(
     layout = spec.layout(height, width, num_frames)
     dense_below = layout.num_tokens < method.min_tokens
     bound = method.attention(layout)
-    executed = 1.0 if bound is None else bound.density
-    ideal = 1.0 if bound is None else layout.joint_density(method.ideal_density(layout))
-    share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if bound else 0.0
+    whole, rest = full_work(spec, layout), spec.linear_flops(layout)
+    if bound is not None and isinstance(method, DiTFastAttnProcessor):
+        course, guided = method.course(steps, spec.num_blocks), is_guided(spec)
+        left = course_work(course, spec, layout, guided=guided, counted="tiles")
+        exact = course_work(course, spec, layout, guided=guided, counted="rule")
+        executed, ideal = ((work.dense + work.sparse) / whole.dense for work in (left, exact))
+    else:
+        executed = 1.0 if bound is None else bound.density
+        ideal = 1.0 if bound is None else layout.joint_density(method.ideal_density(layout))
+        share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if bound else 0.0
+        left = Work(whole.projections, whole.dense * (1 - share), whole.dense * executed * share)
     measured = _measure(method, spec.head_dim, device)
-    rest, attention = spec.linear_flops(layout), spec.attention_flops(layout)
-    before = measured.seconds(matmul=rest, dense=attention)
-    after = measured.seconds(matmul=rest, dense=attention * (1 - share), sparse=attention * executed * share)
+    before = measured.seconds(matmul=rest, dense=whole.dense)
+    spared = whole.projections - left.projections
+    after = measured.seconds(matmul=rest - spared, dense=left.dense, sparse=left.sparse)
     return Explanation(
         model=spec.name,
         method=method.name,
@@ -147,13 +159,13 @@ def explain_spec(
         tile=None if bound is None else bound.tile,
         executed_density=executed,
         ideal_density=ideal,
-        run_density=1 - share * (1 - executed),
-        dense_flops=attention,
+        run_density=(left.dense + left.sparse) / whole.dense,
+        dense_flops=whole.dense,
         sparse_flops=spec.attention_flops(layout, executed),
         model_flops=rest,
         predicted_speedup=before / after,
         device=device,
-        advice=_advice(before / after, attention / measured.dense / before, method, dense_below),
+        advice=_advice(before / after, whole.dense / measured.dense / before, method, dense_below),
     )
 
 
@@ -171,7 +183,12 @@ def _advice(speedup: float, attention_share: float, method: AttnMethod, dense_be
 
 
 def _measure(method: AttnMethod, head_dim: int, device: str) -> Rates:
-    """This machine's rates: of a method that chooses its keys, the choice included, or of the operator."""
+    """This machine's rates: of a method that chooses its keys, the choice included, or of the operator.
+
+    A plan stands for the first method that it names.
+    """
+    if isinstance(method, DiTFastAttnProcessor):
+        method = next(iter(method.methods()), BandAttnProcessor())
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return rates(device, dtype, head_dim, lambda tokens: _probe_call(method, tokens, device))
 

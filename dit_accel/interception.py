@@ -14,7 +14,7 @@ import itertools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from torch import Tensor, nn
+
+from dit_accel.legacy_processors import REPLACEMENTS, check_norms
+from dit_accel.methods.attention import ModuleCall
 
 
 class AttentionCall(NamedTuple):
@@ -39,20 +42,32 @@ class AttentionCall(NamedTuple):
 
 
 Attend = Callable[["Layer", AttentionCall], Tensor]
+Around = Callable[["Layer", ModuleCall], Any]
 
 
 class Layer:
     """One targeted attention module.
 
     Args:
-        block: index of its transformer block, double-stream blocks before single-stream ones.
+        block: index of its transformer block, double-stream blocks before single-stream ones, ``visual`` ones last.
         attend: what answers its calls.
         dense_backend: the attention backend the user chose for it, None for diffusers' active one.
+        visual: whether it sees the grid alone in a model whose other layers see text too.
+        around: what answers calls of the whole module, projections included; None: the stock processor.
     """
 
-    def __init__(self, block: int, attend: Attend, dense_backend: AttentionBackendName | None) -> None:
+    def __init__(
+        self,
+        block: int,
+        attend: Attend,
+        dense_backend: AttentionBackendName | None,
+        visual: bool = False,
+        around: Around | None = None,
+    ) -> None:
         self.block = block
+        self.visual = visual
         self.attend = attend
+        self.around = around
         self.dense_backend = dense_backend
         number = next(_NUMBERS)
         _LAYERS[number] = self
@@ -60,7 +75,8 @@ class Layer:
         self.number = torch.tensor(number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        return Layer(self.block, deepcopy(self.attend, memo), self.dense_backend)
+        attend, around = deepcopy((self.attend, self.around), memo)
+        return Layer(self.block, attend, self.dense_backend, self.visual, around)
 
     def dense(self, call: AttentionCall) -> Tensor:
         """The call as diffusers would have made it."""
@@ -137,6 +153,13 @@ def _attend_outside(layer: Tensor, call: AttentionCall) -> Tensor:
     return running.attend(running, call)
 
 
+@torch.compiler.disable(reason="a plan decides at each step what a module computes; compile without fullgraph=True")
+def _around(layer: Layer, module: ModuleCall) -> Any:
+    """The whole module outside compiled graphs, which would be cut to the first step's action."""
+    assert layer.around is not None, "asked by the caller"
+    return layer.around(layer, module)
+
+
 @torch.library.custom_op("dit_accel::attend", mutates_args=())
 def _attend_op(
     query: Tensor, key: Tensor, value: Tensor, layer: Tensor, mask: Tensor | None, scale: float | None
@@ -154,25 +177,33 @@ def _attend_shape(
 
 
 @functools.cache
-def _wrapped_class(base: Any) -> Any:
+def _wrapped_class(stock: Any) -> Any:
     """One subclass per processor class, so that all layers of a model share their compiled graph."""
+    base: Any = REPLACEMENTS.get(stock, stock)
 
-    @functools.wraps(base.__call__)  # diffusers drops keywords that the signature does not name
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def project_and_attend(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer, _RUNNING.layer = _RUNNING.layer, self._dit_accel_layer
         try:
             return base.__call__(self, *args, **kwargs)
         finally:
             _RUNNING.layer = outer
 
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)  # diffusers drops keywords that the signature does not name
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._dit_accel_layer.around is None:
+            return project_and_attend(self, *args, **kwargs)
+        return _around(self._dit_accel_layer, ModuleCall(project_and_attend, signature.bind(self, *args, **kwargs)))
+
     def set_dense_backend(self: Any, name: AttentionBackendName | None) -> None:
         if name is not _BACKEND:  # written back by code that saves and restores the attribute
             self._dit_accel_layer.dense_backend = name
 
     backend = property(lambda self: _BACKEND, set_dense_backend)
-    wrapped = type(f"Wrapped{base.__name__}", (base,), {"__call__": call, "_attention_backend": backend})
+    wrapped = type(f"Wrapped{stock.__name__}", (base,), {"__call__": call, "_attention_backend": backend})
     with contextlib.suppress(ValueError):  # diffusers may have no entry for the stock class either
-        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(base))
+        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(stock))
     return wrapped
 
 
@@ -200,15 +231,17 @@ def check_targets(model: nn.Module, patterns: tuple[str, ...]) -> None:
     targets = _targets(model, patterns)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module named like {' or '.join(patterns)}.")
-    for processor in (module.processor for module in targets):
-        name = type(processor).__name__
+    for module in targets:
+        processor = module.processor
+        stock = type(getattr(processor, "_dit_accel_stock", processor))
+        name = stock.__name__
         if isinstance(processor, nn.Module):
             raise ValueError(
                 f"{type(model).__name__} carries the processor {name} with weights of its own; "
                 "unload the IP-Adapter before applying a method."
             )
-        code = inspect.unwrap(type(processor).__call__).__code__
-        if "dispatch_attention_fn" not in code.co_names:
+        code = inspect.unwrap(stock.__call__).__code__
+        if stock not in REPLACEMENTS and "dispatch_attention_fn" not in code.co_names:
             raise ValueError(
                 f"{type(model).__name__} carries the processor {name}, which does not call diffusers' "
                 "dispatch_attention_fn; set the stock processors before applying a method."
@@ -218,19 +251,94 @@ def check_targets(model: nn.Module, patterns: tuple[str, ...]) -> None:
                 f"{type(model).__name__} has context parallelism enabled, which no method supports; "
                 "load the model without it before applying a method."
             )
+        check_norms(module)
 
 
-def install(model: nn.Module, patterns: tuple[str, ...], attend: Attend) -> None:
-    """Put a wrapped processor on every target; their calls go to ``attend``."""
-    for block, module in enumerate(_targets(model, patterns)):
+def install(
+    model: nn.Module,
+    joint: tuple[str, ...],
+    visual: tuple[str, ...],
+    attend: Attend,
+    around: Around | None = None,
+) -> int:
+    """Put a wrapped processor on every target, those that see the grid alone last; returns how many there are.
+
+    Args:
+        model: the denoiser.
+        joint, visual: names of its targets.
+        attend: what answers their attention calls.
+        around: what answers calls of the whole modules; None: the stock processors.
+    """
+    targets = _targets(model, joint)
+    for block, module in enumerate(targets + _targets(model, visual)):
         processor = module.processor
-        module.processor = _wrap(processor, Layer(block, attend, getattr(processor, "_attention_backend", None)))
+        # A processor without the attribute calls torch's own attention, whichever backend is active.
+        backend = getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
+        module.processor = _wrap(processor, Layer(block, attend, backend, block >= len(targets), around))
+    return len(list(_wrapped_modules(model)))
 
 
 def uninstall(model: nn.Module) -> None:
     """Put the stock processors back, the very same objects, with the dense backend that the user chose meanwhile."""
     for module in _wrapped_modules(model):
         stock, layer = module.processor._dit_accel_stock, module.processor._dit_accel_layer
-        if layer.dense_backend is not getattr(stock, "_attention_backend", None):
+        if layer.dense_backend is not getattr(stock, "_attention_backend", layer.dense_backend):
             stock._attention_backend = layer.dense_backend
         module.processor = stock
+
+
+def watch_runs(pipe: Any, ended: Sequence[Callable[[], None]]) -> None:
+    """Have all ``ended`` called when a run of the pipeline ends, in whatever way; a model alone has no runs.
+
+    A run of a diffusers pipeline lasts as long as the progress bar that it asks itself for.
+    """
+    if hasattr(type(pipe), "progress_bar"):
+        vars(pipe)["progress_bar"] = _RunWatch(pipe, ended)
+
+
+def unwatch_runs(pipe: Any) -> None:
+    """Give the pipeline, if it still exists, its own progress bar back."""
+    if pipe is not None and isinstance(vars(pipe).get("progress_bar"), _RunWatch):
+        del vars(pipe)["progress_bar"]
+
+
+class _RunWatch:
+    """A pipeline's ``progress_bar`` that tells when the bars it makes are done with."""
+
+    def __init__(self, pipe: Any, ended: Sequence[Callable[[], None]]) -> None:
+        self._pipe, self._ended = weakref.ref(pipe), ended
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RunWatch:
+        pipe = self._pipe()
+        return _RunWatch(memo.get(id(pipe), pipe), deepcopy(self._ended, memo))
+
+    def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
+        pipe = self._pipe()
+        return _WatchedBar(type(pipe).progress_bar(pipe, iterable, total), self._ended)  # type: ignore[union-attr]
+
+
+class _WatchedBar:
+    """A progress bar that tells when it is done with, as a context manager or as an iterator."""
+
+    def __init__(self, bar: Any, ended: Sequence[Callable[[], None]]) -> None:
+        self._bar, self._ended = bar, ended
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._end()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        for ended in self._ended:
+            ended()

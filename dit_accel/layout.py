@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dit_accel.kernels.block_sparse.plan import TileGrid, Triple, joint_density
@@ -49,6 +49,10 @@ class TokenLayout:
     @property
     def suffix(self) -> int:
         return self.text_tokens if self.text_position == "suffix" else 0
+
+    def without_text(self) -> TokenLayout:
+        """The grid alone."""
+        return replace(self, text_tokens=0, text_position="none")
 
     def joint_density(self, visual_density: float) -> float:
         """A share of the grid's pairs as a share of all pairs, text included."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,14 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.interception import check_targets
+from dit_accel.interception import check_targets, unwatch_runs, watch_runs
 from dit_accel.kernels import BACKENDS
 from dit_accel.kernels.block_sparse.backends import Backend
-from dit_accel.methods import METHODS, make_method
+from dit_accel.methods import METHODS
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.families import denoisers_of
+from dit_accel.plan_file import names_plan
 from dit_accel.runtime import Denoiser, Discarded, Tally, binder, check_schedule, denoiser_of
 from dit_accel.state import DenoisingState, Schedule
+from dit_accel.tuned_plan import Applicable, TunedPlan, method_for
 
 
 class Handle:
@@ -27,8 +31,11 @@ class Handle:
         tally: the attention calls intercepted since then.
     """
 
-    def __init__(self, method: AttnMethod, tallies: list[Tally], denoisers: list[tuple[nn.Module, Denoiser]]) -> None:
+    def __init__(
+        self, method: AttnMethod, tallies: list[Tally], denoisers: list[tuple[nn.Module, Denoiser]], pipe_or_model: Any
+    ) -> None:
         self.method = method
+        self._pipe_or_model = weakref.ref(pipe_or_model)
         self.tally = tallies[0]
         self._tallies = tallies
         self._denoisers = denoisers
@@ -38,6 +45,11 @@ class Handle:
     def states(self) -> tuple[DenoisingState, ...]:
         """What each denoiser is doing, in the pipeline's order."""
         return tuple(denoiser.state for _, denoiser in self._denoisers)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the method keeps at the moment for later steps: nothing between two runs."""
+        return sum(denoiser.kept_bytes for _, denoiser in self._denoisers)
 
     @contextmanager
     def timing(self) -> Iterator[Tally]:
@@ -54,7 +66,15 @@ class Handle:
 
     @contextmanager
     def probing(self) -> Iterator[list[Discarded]]:
-        """What each sparse call within leaves out of the softmax, per head; costs one dense query per query tile."""
+        """What each sparse call within leaves out of the softmax, per head; costs one dense query per query tile.
+
+        Raises:
+            ValueError: a plan, which reuses what has no softmax of its own.
+        """
+        if self.method.whole_modules:
+            raise ValueError(
+                f"{self.method.name} takes earlier outputs again, which no softmax tells; probe the methods it names."
+            )
         probe: list[Discarded] = []
         self._probes.append(probe)
         try:
@@ -67,6 +87,8 @@ class Handle:
         for model, denoiser in self._denoisers:
             if denoiser_of(model) is denoiser:
                 denoiser.detach(model)
+        if not any(denoiser_of(model) for model, _ in self._denoisers):
+            unwatch_runs(self._pipe_or_model())
 
     def __enter__(self) -> Handle:
         return self
@@ -77,23 +99,24 @@ class Handle:
         self.restore()
 
 
-def apply(pipe_or_model: Any, method: str | AttnMethod, *, backend: Backend = "auto", **options: Any) -> Handle:
+def apply(pipe_or_model: Any, method: Applicable, *, backend: Backend = "auto", **options: Any) -> Handle:
     """Run a pipeline's self- or joint-attention by ``method``, in all its denoisers; replaces what was applied before.
 
     Args:
         pipe_or_model: a diffusers pipeline, or a denoiser alone, which knows no denoising steps.
-        method: a method's name, or a processor object.
+        method: a method's name, a processor object, or a tuned plan: the object, its file, a folder that holds one, or
+            ``owner/name`` on the hub.
         backend: of the operator: "auto" (default), "triton", "torch" or "reference".
-        options: the method's options, with a name.
+        options: the method's options.
 
     Returns:
         A handle that restores and counts.
 
     Raises:
-        ValueError: an unknown method or option, no supported denoiser, attention that cannot be entered, or a schedule
-            for a model without its pipeline.
+        ValueError: an unknown method or option, no supported denoiser, attention that cannot be entered, a schedule
+            for a model without its pipeline, or a plan tuned for another pipeline.
     """
-    method = make_method(method, **options)
+    method = method_for(pipe_or_model, method, **options)
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}.")
     is_model = isinstance(pipe_or_model, nn.Module)
@@ -101,41 +124,46 @@ def apply(pipe_or_model: Any, method: str | AttnMethod, *, backend: Backend = "a
     check_schedule(method, schedule)
     models = denoisers_of(pipe_or_model)
     for model, family in models:
-        check_targets(model, family.targets)
+        check_targets(model, family.targets + family.visual_targets)
     restore(pipe_or_model)
     tallies, probes, bind = [Tally()], list[list[Discarded]](), binder(method)
     denoisers = [
         (model, Denoiser(method, family, bind, backend, schedule, tallies, probes)) for model, family in models
     ]
     for model, denoiser in denoisers:
+        denoiser.peers = [other for _, other in denoisers if other is not denoiser]
         denoiser.attach(model)
-    return Handle(method, tallies, denoisers)
+    watch_runs(pipe_or_model, [denoiser.forget for _, denoiser in denoisers])
+    return Handle(method, tallies, denoisers, pipe_or_model)
 
 
 def restore(pipe_or_model: Any) -> None:
     """Give every denoiser its stock attention back, bit-identical to never having applied a method."""
+    unwatch_runs(pipe_or_model)
     for model, _ in denoisers_of(pipe_or_model):
         denoiser = denoiser_of(model)
         if denoiser is not None:
             denoiser.detach(model)
 
 
-def set_attn_processor(pipe: Any, processor: str | AttnMethod | None) -> None:
+def set_attn_processor(pipe: Any, processor: Applicable | None) -> None:
     """The verb that diffusers' models have, for pipelines: ``apply`` with default options, or ``restore`` for None.
 
     Args:
         pipe: a diffusers pipeline.
-        processor: a method's name, a processor object, or None.
+        processor: a method's name, a processor object, a tuned plan or its place, or None.
 
     Raises:
         ValueError: anything else, and what ``apply`` refuses.
     """
     if processor is None:
         restore(pipe)
-    elif (isinstance(processor, str) and processor in METHODS) or isinstance(processor, AttnMethod):
+    elif isinstance(processor, AttnMethod | TunedPlan | os.PathLike) or (
+        isinstance(processor, str) and (processor in METHODS or names_plan(processor))
+    ):
         apply(pipe, processor)
     else:
         raise ValueError(
-            f"set_attn_processor takes a method's name ({', '.join(METHODS)}), a dit_accel processor object or None to "
-            f"restore, got {processor!r}."
+            f"set_attn_processor takes a method's name ({', '.join(METHODS)}), a dit_accel processor object, a tuned "
+            f"plan (plan.json, a folder that holds one, owner/name) or None to restore, got {processor!r}."
         )

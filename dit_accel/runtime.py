@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ from dit_accel.interception import AttentionCall, Layer, install, uninstall
 from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.layout import TokenLayout
 from dit_accel.marks import Mark, mark, seconds_between
-from dit_accel.methods.attention import AttnCall, AttnResult, BoundAttention
+from dit_accel.methods.assigned import AssignedAttention, Run, kept_tensors
+from dit_accel.methods.attention import AttnCall, AttnResult, BoundAttention, Memory, ModuleCall, Place
 from dit_accel.methods.base import AttnMethod
 from dit_accel.methods.correction import dense_anchors, discarded_mass
 from dit_accel.pipelines.families import Family
@@ -92,6 +93,8 @@ class Discarded:
     mass: Tensor
 
 
+Kind = tuple[str | None, int]  # guidance branch and batch of a call
+
 Binder = Callable[[TokenLayout, torch.device], BoundAttention | None]
 
 
@@ -102,11 +105,28 @@ def binder(method: AttnMethod) -> Binder:
 
 def check_schedule(method: AttnMethod, schedule: Schedule) -> None:
     """Raise a ValueError if the method needs denoising steps that cannot be known."""
-    if not schedule.known and (method.start_percent > 0 or method.end_percent < 1):
+    if schedule.known:
+        return
+    if method.whole_modules:
+        raise ValueError(
+            f"{method.name} follows denoising steps, which a model without its pipeline does not know; "
+            "apply the method to the pipeline."
+        )
+    if method.start_percent > 0 or method.end_percent < 1:
         raise ValueError(
             f"start_percent={method.start_percent} and end_percent={method.end_percent} count denoising steps, which "
             "a model without its pipeline does not know; apply the method to the pipeline."
         )
+
+
+@functools.cache
+def _say(text: str) -> None:
+    _LOG.warning("%s.", text)
+
+
+def _size(number: float) -> str:
+    unit, size = next(pair for pair in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 1)) if number >= pair[1])
+    return f"{number / max(size, 2**10):.2f} {unit}"
 
 
 @functools.cache
@@ -127,6 +147,7 @@ class Denoiser:
         tallies: what counts the calls, shared likewise.
         probes: what collects the discarded mass of the calls, shared likewise.
         state: the call the model is in.
+        peers: the other denoisers of the pipeline; what they keep is dropped when this one begins.
     """
 
     method: AttnMethod
@@ -137,9 +158,15 @@ class Denoiser:
     tallies: list[Tally]
     probes: list[list[Discarded]]
     state: DenoisingState = field(default_factory=DenoisingState)
-    # By block and guidance branch, and the layout, batch and step that each branch was in last; of one run.
-    _memory: dict[tuple[int, str | None], dict[str, Any]] = field(default_factory=dict, repr=False)
-    _latest: dict[str | None, tuple[TokenLayout | None, int, int]] = field(default_factory=dict, repr=False)
+    peers: Sequence[Denoiser] = field(default=(), repr=False)
+    # Of one run: what layers keep, by block and kind of call, and the step that each kind of call was at last. A kind
+    # is the guidance branch and the batch.
+    _memory: dict[tuple[int, Kind], Memory] = field(default_factory=dict, repr=False)
+    _latest: dict[Kind, int] = field(default_factory=dict, repr=False)
+    _layout: TokenLayout | None = field(default=None, repr=False)
+    _conditional: slice | None = field(default=None, repr=False)
+    _unnamed: bool = field(default=False, repr=False)
+    _num_blocks: int = field(default=0, repr=False)
 
     def attach(self, model: nn.Module) -> None:
         """Enter ``model``: a forward pre-hook, the guidance branch, the attention modules."""
@@ -147,7 +174,8 @@ class Denoiser:
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = _recording_cache_context.__get__(model)
         vars(model)[_ATTRIBUTE] = self
-        install(model, self.family.targets, self.attend)
+        around = self.around if self.method.whole_modules else None
+        self._num_blocks = install(model, self.family.targets, self.family.visual_targets, self.attend, around)
 
     def detach(self, model: nn.Module) -> None:
         """Leave ``model`` as it was found."""
@@ -155,6 +183,7 @@ class Denoiser:
         del vars(model)[_ATTRIBUTE]
         vars(model).pop("cache_context", None)
         self._hook.remove()
+        self.forget()
 
     @torch.compiler.disable
     def observe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -168,20 +197,117 @@ class Denoiser:
         state.step, state.num_steps = step, num_steps
         if self.family.guidance == "batched":
             state.branch = "batched"
-        self._forget_another_run()
+        first = self._first_of_its_kind()
         if tokens.layout is None:
             _notice(type(model).__name__, tokens.irregular)
-        else:
-            self.bind(tokens.layout, arguments["hidden_states"].device)
+            return
+        attention = self.bind(tokens.layout, arguments["hidden_states"].device)
+        if attention is not None and attention.splits_guidance:
+            # At first two items that are no halves of guidance may begin with the same noise.
+            self._conditional = None if first else self._conditional_half(arguments["hidden_states"])
+            if first and isinstance(attention, AssignedAttention):
+                for peer in self.peers:
+                    peer.forget()
+                self._check_kept(attention, model, arguments["hidden_states"])
 
-    def _forget_another_run(self) -> None:
-        """Empty the memory where this call's branch is no later in the same run than it was."""
-        state = self.state
-        layout, batch, step = self._latest.get(state.branch, (state.layout, state.batch, -1))
-        if (layout, batch) != (state.layout, state.batch) or state.step <= step:
+    def forget(self) -> None:
+        """Drop what layers keep from step to step; a run has ended."""
+        self._memory.clear()
+        self._latest.clear()
+        self._unnamed = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether the other branch of guidance is in this call too, or in another call of each step."""
+        return self._conditional is not None or len(self._latest) > 1
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Calls of the model's ``forward`` within leave nothing behind in what layers keep and in ``state``."""
+        kept, state = _copied(self._memory), dict(vars(self.state))
+        try:
+            yield
+        finally:
             self._memory.clear()
-            self._latest.clear()
-        self._latest[state.branch] = state.layout, state.batch, state.step
+            self._memory.update(kept)
+            vars(self.state).update(state)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the layers keep at the moment."""
+        kept = (kept for memory in self._memory.values() for kept in kept_tensors(memory))
+        return sum({id(tensor.values): tensor.nbytes for tensor in kept}.values())
+
+    def _first_of_its_kind(self) -> bool:
+        """Whether this call is the first of its kind in a run; a call no later than one of its kind begins another.
+
+        Two of a kind at one step are branches that nobody named, of which neither may take what the other kept.
+        """
+        state = self.state
+        latest = self._latest.get(self._kind, max(self._latest.values(), default=0) - 1)
+        same_run = self._layout == state.layout and state.step >= latest
+        unnamed = same_run and (self._unnamed or self._latest.get(self._kind) == state.step)
+        if unnamed or not same_run:
+            self.forget()
+        self._layout, self._unnamed = state.layout, unnamed
+        first = self._kind not in self._latest
+        self._latest[self._kind] = state.step
+        return first
+
+    @property
+    def _kind(self) -> Kind:
+        return self.state.branch, self.state.batch
+
+    def _conditional_half(self, hidden_states: Tensor) -> slice | None:
+        """The half of the batch that is conditional, where guidance doubles it: then both halves denoise the same."""
+        half, rest = divmod(len(hidden_states), 2)
+        if self.family.guidance != "batched" or rest or not torch.equal(hidden_states[:half], hidden_states[half:]):
+            return None
+        return slice(half) if self.family.cond_half == "first" else slice(half, None)
+
+    def _check_kept(self, attention: AssignedAttention, model: nn.Module, hidden_states: Tensor) -> None:
+        """Say what calls of this kind will keep; raise a ValueError if there is no room or the plan does not fit."""
+        shape, state = self.family.shape(model.config), self.state
+        size = (state.num_steps, self._num_blocks, state.batch, shape["heads"], shape["head_dim"])
+        run, separate = Run(*size, hidden_states.element_size()), self.family.guidance == "separate"
+        attention.check_heads(run)
+        guided = separate or self._conditional_half(hidden_states) is not None
+        kept = attention.kept_bytes(run, guided=guided, separate=separate)
+        branch = " in each guidance branch" if separate else ""
+        if kept:
+            _say(f"{self.method.name} keeps up to {_size(kept)} from step to step{branch}")
+        free = _free_bytes(hidden_states.device)
+        if free is not None and kept > free and attention.keeps_on_device:
+            raise ValueError(
+                f"{self.method.name} would keep {_size(kept)} from step to step{branch}, and "
+                f'{_size(free)} of the GPU are free; use keep="cpu", keep="8bit" or a plan that reuses less.'
+            )
+
+    def around(self, layer: Layer, module: ModuleCall) -> Any:
+        """Answer one call of a whole targeted attention module."""
+        attention = self._bound(layer, module.device)
+        if attention is None:
+            return module()
+        out, computed = attention.around(self._place(layer), module)
+        if not computed:
+            for tally in self.tallies:
+                tally.add(0.0, None)
+        return out
+
+    def _place(self, layer: Layer) -> Place:
+        state = self.state
+        branch, batch = self._kind
+        conditional = self._memory.get((layer.block, ("cond", batch))) if branch == "uncond" else None
+        return Place(
+            block=layer.block,
+            num_blocks=self._num_blocks,
+            step=state.step,
+            num_steps=state.num_steps,
+            memory=self._memory.setdefault((layer.block, self._kind), {}),
+            conditional=self._conditional,
+            of_conditional=conditional,
+            shared_later=branch == "cond" and self._latest.get(("uncond", batch), state.step) < state.step,
+        )
 
     def attend(self, layer: Layer, call: AttentionCall) -> Tensor:
         """Answer one attention call of a targeted layer."""
@@ -201,22 +327,26 @@ class Denoiser:
     def _sparse(self, layer: Layer, call: AttentionCall, attention: BoundAttention) -> tuple[Tensor, float | Tensor]:
         state = self.state
         lengths = state.text_lengths if call.mask is not None else None
+        items = len(call.query)
+        if lengths is not None and len(lengths) != items:
+            lengths = lengths[self._conditional]
         method_call = AttnCall(
             call.query,
             call.key,
             call.value,
             scale=call.scale,
             text_lengths=lengths if lengths is None else lengths.to(call.query.device),
+            mask=call.mask,
             backend=self.backend,
             with_lse=bool(self.probes),
-            step=state.step,
-            memory=self._memory.setdefault((layer.block, state.branch), {}),
+            place=self._place(layer),
+            dense=lambda part: layer.dense(AttentionCall(part.q, part.k, part.v, part.mask, part.scale)),
         )
         with torch.autocast(call.query.device.type, enabled=False):  # q, k and v are cast; what is chosen by is float32
             result = attention.attend(method_call)
             if self.probes:
                 self._probe(layer, method_call, attention, result)
-        return result.out, result.density
+        return result.out, result.density * (items / state.batch)  # one half of the batch may stand for both
 
     @torch.no_grad()
     def _probe(self, layer: Layer, call: AttnCall, attention: BoundAttention, result: AttnResult) -> None:
@@ -224,21 +354,25 @@ class Denoiser:
         assert result.lse is not None, "asked for"
         mass = discarded_mass(dense_anchors(call, attention.layout, attention.groups()), result.lse)
         for probe in self.probes:
-            probe.append(Discarded(call.step, layer.block, self.state.branch, mass))
+            probe.append(Discarded(call.place.step, layer.block, self.state.branch, mass))
 
     def _attention(self, layer: Layer, call: AttentionCall) -> BoundAttention | None:
         """The method for this call, None where it is dense; a call that does not fit is refused at any step."""
-        state, method = self.state, self.method
-        if state.layout is None:
-            return None
-        attention = self.bind(state.layout, call.query.device)
+        state = self.state
+        attention = self._bound(layer, call.query.device)
         if attention is None:
             return None
         self._check(call, attention)
-        tokens = state.layout.num_tokens
-        if method.is_dense_at(block=layer.block, step=state.step, num_steps=state.num_steps, num_tokens=tokens):
+        step, tokens = state.step, attention.layout.num_tokens
+        dense = self.method.is_dense_at(block=layer.block, step=step, num_steps=state.num_steps, num_tokens=tokens)
+        return None if dense else attention
+
+    def _bound(self, layer: Layer, device: torch.device) -> BoundAttention | None:
+        """The method on the tokens that a layer sees; None where they are no grid, or it is dense there."""
+        layout = self.state.layout
+        if layout is None:
             return None
-        return attention
+        return self.bind(layout.without_text() if layer.visual else layout, device)
 
     def _check(self, call: AttentionCall, attention: BoundAttention) -> None:
         lengths, tokens = [call.query.shape[1], call.key.shape[1]], attention.layout.num_tokens
@@ -258,6 +392,19 @@ class Denoiser:
         """Whether the model's mask is the one that hides text padding, which ``text_lengths`` repeats."""
         lengths = self.state.text_lengths
         return lengths is not None and mask.dtype == torch.bool and mask.shape == (len(lengths), 1, 1, num_tokens)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that torch has free or can have; None for other devices."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _copied(memory: dict[Any, Any]) -> dict[Any, Any]:
+    """Dictionaries within dictionaries anew, with the same tensors."""
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in memory.items()}
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:

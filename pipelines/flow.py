@@ -44,12 +44,14 @@ class FlowBatch:
         noise: of the same shape.
         times: share of the noise [B].
         conditions: the denoiser's further arguments by name.
+        last_time: the denoiser's timestep at pure noise. Default 1000.
     """
 
     clean: Tensor
     noise: Tensor
     times: Tensor
     conditions: dict[str, Tensor]
+    last_time: float = 1000.0
 
     @property
     def velocity(self) -> Tensor:
@@ -59,13 +61,19 @@ class FlowBatch:
     def predicted_by(self, denoiser: nn.Module) -> Tensor:
         """The denoiser's velocity at the noisy samples, float32."""
         share = self.times.view(-1, *[1] * (self.clean.ndim - 1))
-        arguments: dict[str, Any] = {"timestep": self.times * 1000, **self.conditions, "return_dict": False}
+        arguments: dict[str, Any] = {"timestep": self.times * self.last_time, **self.conditions, "return_dict": False}
         velocity: Tensor = denoiser(hidden_states=torch.lerp(self.clean, self.noise, share), **arguments)[0]
         return velocity.float()
 
 
-def flow_batch(clean: Tensor, shift: float, generator: torch.Generator, conditions: dict[str, Tensor]) -> FlowBatch:
+def flow_batch(
+    clean: Tensor,
+    shift: float,
+    generator: torch.Generator,
+    conditions: dict[str, Tensor],
+    last_time: float = 1000.0,
+) -> FlowBatch:
     """Samples with noise and times drawn for them."""
     times = noise_times(len(clean), shift, generator)
     noise = torch.randn(clean.shape, device=clean.device, generator=generator)
-    return FlowBatch(clean, noise, times, conditions)
+    return FlowBatch(clean, noise, times, conditions, last_time)

@@ -31,6 +31,7 @@ class Preset:
 _RADIAL = {"tile_rule": "strict", "first_distance": "full"}
 
 _SHAPES = {"height": 192, "width": 256, "num_frames": 25, "steps": 16}
+_SHAPES_IMAGE = {"height": 512, "width": 512, "num_frames": 1, "steps": 16}
 
 PRESETS: dict[tuple[str, str], Preset] = {
     ("shapes", "radial"): Preset(
@@ -76,6 +77,36 @@ PRESETS: dict[tuple[str, str], Preset] = {
     ("shapes", "pyramid"): Preset(
         source="chosen here on the embedded pipeline",
         **_SHAPES,
+        options={"density": 0.35, "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "neighborhood"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"window": (1, 24, 24), "stride": (1, 8, 8), "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "grat"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"pattern": "B", "group": (1, 8, 8), "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "clear"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"density": 0.35, "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "draft"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"region": (1, 8, 8), "density": 0.35, "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "log_linear"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"density": 0.2, "start_percent": 4 / 16},
+    ),
+    ("shapes-image", "pyramid"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
         options={"density": 0.35, "start_percent": 4 / 16},
     ),
     ("wan2.1-14b", "radial"): Preset(

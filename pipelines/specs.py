@@ -21,6 +21,7 @@ class ModelSpec:
         heads, head_dim: of its self- or joint-attention; their product is the hidden size.
         blocks: transformer blocks; double-stream ones where there are two kinds.
         single_blocks: single-stream blocks after them.
+        visual_blocks: blocks with a second attention, of the grid to itself, in a model whose first one sees text.
         ffn_dim: hidden size of the feed-forward.
         height, width, num_frames, steps: default output in pixels, frames (1: an image) and denoising steps.
         guidance: default guidance scale.
@@ -45,6 +46,7 @@ class ModelSpec:
     steps: int
     guidance: float
     single_blocks: int = 0
+    visual_blocks: int = 0
     guidance_calls: int = 1
     denoisers: int = 1
     vae: Triple = (4, 8, 8)
@@ -60,7 +62,8 @@ class ModelSpec:
 
     @property
     def num_blocks(self) -> int:
-        return self.blocks + self.single_blocks
+        """Attention layers that a method can replace."""
+        return self.blocks + self.single_blocks + self.visual_blocks
 
     def layout(self, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> TokenLayout:
         """Tokens of one forward.
@@ -107,7 +110,8 @@ class ModelSpec:
             layout: its tokens.
             density: share of the query-key pairs, text included, that are computed.
         """
-        return 4.0 * layout.num_tokens**2 * self.hidden_dim * self.num_blocks * density
+        pairs = (self.num_blocks - self.visual_blocks) * layout.num_tokens**2
+        return 4.0 * (pairs + self.visual_blocks * layout.visual_tokens**2) * self.hidden_dim * density
 
     def linear_flops(self, layout: TokenLayout) -> float:
         """Floating-point operations of the rest of one forward at batch 1.
@@ -118,7 +122,8 @@ class ModelSpec:
         dim, tokens, text = self.hidden_dim, layout.num_tokens, self.cross_tokens
         joint = 2 * tokens * (4 * dim**2 + 2 * dim * self.ffn_dim)
         cross = 2 * (tokens + text) * 2 * dim**2 + 4 * tokens * text * dim if text else 0
-        return float(self.num_blocks * (joint + cross))
+        visual = 2 * layout.visual_tokens * 4 * dim**2
+        return float((self.num_blocks - self.visual_blocks) * (joint + cross) + self.visual_blocks * visual)
 
 
 _WAN_14B = ModelSpec(
@@ -135,6 +140,39 @@ _WAN_14B = ModelSpec(
     guidance=5.0,
     guidance_calls=2,
     cross_tokens=512,
+)
+
+_PIXART = ModelSpec(
+    name="pixart-sigma-1k",
+    family="pixart",
+    heads=16,
+    head_dim=72,
+    blocks=28,
+    ffn_dim=4608,
+    height=1024,
+    width=1024,
+    num_frames=1,
+    steps=20,
+    guidance=4.5,
+    vae=(1, 8, 8),
+    cross_tokens=300,
+)
+
+_SD3 = ModelSpec(
+    name="sd3-medium",
+    family="sd3",
+    heads=24,
+    head_dim=64,
+    blocks=24,
+    ffn_dim=6144,
+    height=1024,
+    width=1024,
+    num_frames=1,
+    steps=28,
+    guidance=7.0,
+    vae=(1, 8, 8),
+    text_tokens=333,  # 77 of CLIP, 256 of T5
+    text_position="suffix",
 )
 
 SPECS: dict[str, ModelSpec] = {
@@ -155,6 +193,25 @@ SPECS: dict[str, ModelSpec] = {
             guidance_calls=2,
             patch=(1, 1, 1),
             cross_tokens=32,
+        ),
+        ModelSpec(
+            name="shapes-image",
+            family="flux",
+            heads=3,
+            head_dim=64,
+            blocks=2,
+            single_blocks=5,
+            ffn_dim=768,
+            height=512,
+            width=512,
+            num_frames=1,
+            steps=16,
+            guidance=3.5,
+            guidance_calls=2,
+            vae=(1, 4, 4),
+            multiple=8,
+            text_tokens=32,
+            text_position="prefix",
         ),
         ModelSpec(
             name="wan2.1-1.3b",
@@ -207,6 +264,25 @@ SPECS: dict[str, ModelSpec] = {
             text_position="prefix",
         ),
         ModelSpec(
+            name="dit-xl-2-512",
+            family="dit",
+            heads=16,
+            head_dim=72,
+            blocks=28,
+            ffn_dim=4608,
+            height=512,
+            width=512,
+            num_frames=1,
+            steps=50,
+            guidance=4.0,
+            vae=(1, 8, 8),
+        ),
+        _PIXART,
+        replace(_PIXART, name="pixart-sigma-2k", height=2048, width=2048),
+        _SD3,
+        replace(_SD3, name="sd3.5-medium", steps=40, guidance=4.5, visual_blocks=13),
+        replace(_SD3, name="sd3.5-large", heads=38, blocks=38, ffn_dim=9728, guidance=3.5),
+        ModelSpec(
             name="pixel-dit-s",
             family="pixel_dit",
             heads=6,
@@ -241,11 +317,21 @@ def spec_of(pipe: Any) -> ModelSpec:
     """
     denoisers = denoisers_of(pipe)
     model, family = denoisers[0]
-    shape = family.shape(model.config)
-    spatial = getattr(pipe, "vae_scale_factor_spatial", None) or pipe.vae_scale_factor
+    shape = family.shape(model.config) | {"denoisers": len(denoisers)}
+    hidden_dim, spatial = shape["heads"] * shape["head_dim"], _spatial_compression(pipe)
     vae = (getattr(pipe, "vae_scale_factor_temporal", 1), spatial, spatial)
-    hidden_dim, count = shape["heads"] * shape["head_dim"], len(denoisers)
-    known = [spec for spec in SPECS.values() if spec.family == family.name]
-    nearest = min(known, key=lambda spec: (abs(spec.hidden_dim - hidden_dim), spec.denoisers != count))
-    own = replace(nearest, vae=vae, denoisers=count, **shape)
+
+    def distance(spec: ModelSpec) -> tuple[int, int]:
+        return abs(spec.hidden_dim - hidden_dim), sum(getattr(spec, name) != value for name, value in shape.items())
+
+    nearest = min((spec for spec in SPECS.values() if spec.family == family.name), key=distance)
+    own = replace(nearest, vae=vae, **shape)
     return own if own == nearest else replace(own, name=type(pipe).__name__)
+
+
+def _spatial_compression(pipe: Any) -> int:
+    """Pixels per latent position, by the names under which pipelines keep it; DiT's keeps none."""
+    for name in ("vae_scale_factor_spatial", "vae_scale_factor"):
+        if factor := getattr(pipe, name, None):
+            return int(factor)
+    return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))

@@ -17,6 +17,9 @@ import torch
 # there is a GPU and interpreted elsewhere.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# Tests run in as many processes as there are cores, up to eight, which share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:

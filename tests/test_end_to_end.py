@@ -16,7 +16,8 @@ from dit_accel.methods import METHODS, make_method
 from dit_accel.pipelines import shapes
 
 BACKENDS = ("reference", "torch", "triton")
-SPARSE = [name for name in METHODS if name != "dense"]
+# A method of whole runs does not serve a model alone.
+SPARSE = [name for name, method in METHODS.items() if name != "dense" and not method.whole_modules]
 
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video", "flux"])

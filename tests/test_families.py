@@ -20,7 +20,8 @@ from dit_accel.pipelines.families.flux import read as read_flux
 from dit_accel.pipelines.presets import PRESETS, find_preset, preset_method
 from dit_accel.pipelines.specs import SPECS, ModelSpec, find_spec, spec_of
 
-NAMES = ("wan", "hunyuan_video", "flux", "pixel_dit")
+NAMES = ("wan", "hunyuan_video", "flux", "dit", "pixart", "sd3", "pixel_dit")
+IMAGES = ("dit", "pixart", "sd3")  # latents [B, C, H, W]
 each_family = pytest.mark.parametrize("family", NAMES)
 
 
@@ -55,6 +56,8 @@ def moved(tiny: ModuleType, family: str, frame: int, row: int, column: int) -> d
         latents[:, row * columns + column] += 5
     elif family == "pixel_dit":
         latents[:, :, row, column] += 5
+    elif family in IMAGES:
+        latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 5
     else:
         latents[:, :, frame, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 5
     return arguments | {"hidden_states": latents}
@@ -78,7 +81,7 @@ def test_a_token_lies_where_the_layout_says(
     assert rows_changed == [layout.prefix + (frame * rows + row) * columns + column]
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "flux"])
+@pytest.mark.parametrize("family", ["hunyuan_video", "flux", "sd3"])
 def test_text_lies_where_the_layout_says(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model, arguments = tiny.model(family), tiny.inputs(family)
     handle = dit_accel.apply(model, tiny.Tiles())
@@ -100,10 +103,10 @@ def test_state_of_a_call(tiny: ModuleType, family: str) -> None:
     handle = dit_accel.apply(model, tiny.Tiles())
     tiny.forward(model, tiny.inputs(family, batch=2))
     state = handle.states[0]
-    position = {"hunyuan_video": "suffix", "flux": "prefix"}.get(family, "none")
+    position = tiny.TEXT_POSITIONS.get(family, "none")
     text = 0 if position == "none" else tiny.TEXT_TOKENS
     assert state.layout == TokenLayout(tiny.GRIDS[family], text, position)
-    branch = "batched" if family == "pixel_dit" else None
+    branch = "batched" if family in tiny.BATCHED else None
     assert (state.batch, state.step, state.num_steps, state.branch) == (2, 0, 1, branch)
     if family == "hunyuan_video":
         assert state.text_lengths is not None
@@ -202,6 +205,9 @@ def test_spec_layout_is_what_the_family_reads(tiny: ModuleType, name: str) -> No
         rows, columns = (size // 2 for size in latent[1:])
         arguments = {"hidden_states": torch.empty(1, rows * columns, 1), "img_ids": tiny.position_ids(rows, columns)}
         config = None
+    elif known.family in IMAGES:
+        config = SimpleNamespace(patch_size=known.patch[1])
+        arguments = {"hidden_states": torch.empty(1, 1, *latent[1:])}
     elif known.family == "pixel_dit":
         arguments, config = {"hidden_states": torch.empty(1, 3, *latent[1:])}, None
     else:
@@ -217,6 +223,10 @@ def test_spec_sizes() -> None:
     assert find_spec("hunyuanvideo").layout(720, 1280, 129).num_tokens == 118_800 + 256
     assert find_spec("flux.1-dev").layout(1024, 1024).num_tokens == 4096 + 512
     assert find_spec("shapes").layout().grid == (7, 24, 32)
+    assert find_spec("dit-xl-2-512").layout().num_tokens == 1024
+    assert find_spec("pixart-sigma-2k").layout().num_tokens == 16_384
+    assert find_spec("sd3-medium").layout().num_tokens == 4096 + 333
+    assert find_spec("sd3.5-large").hidden_dim == 2432
 
 
 def test_spec_flops_match_the_published_count() -> None:
@@ -232,21 +242,24 @@ def test_spec_flops_are_the_multiplications_of_the_blocks(tiny: ModuleType, fami
     model, arguments = tiny.model(family), tiny.inputs(family)
     layout = layout_of(tiny, family, arguments)
     assert layout is not None
-    dim, plain = model.config.num_attention_heads * model.config.attention_head_dim, family in ("wan", "pixel_dit")
+    dim = model.config.num_attention_heads * model.config.attention_head_dim
+    two_kinds = family in ("hunyuan_video", "flux")
+    is_sd3 = family == "sd3"
     known = ModelSpec(
         name="tiny",
         family=family,
         heads=model.config.num_attention_heads,
         head_dim=model.config.attention_head_dim,
-        blocks=2 if plain else 1,
-        single_blocks=0 if plain else 1,
-        ffn_dim=32 if plain else 4 * dim,
+        blocks=1 if two_kinds or is_sd3 else 2,
+        single_blocks=int(two_kinds),
+        visual_blocks=int(is_sd3),
+        ffn_dim=32 if family in ("wan", "pixel_dit") else 4 * dim,
         height=8,
         width=8,
         num_frames=1,
         steps=1,
         guidance=1.0,
-        cross_tokens=tiny.TEXT_TOKENS if family == "wan" else 0,
+        cross_tokens=tiny.TEXT_TOKENS if family in ("wan", "pixart") else 0,
     )
     counted = []
     blocks = re.compile(r"(single_transformer_|transformer_)?blocks\.\d+\.")
@@ -255,7 +268,8 @@ def test_spec_flops_are_the_multiplications_of_the_blocks(tiny: ModuleType, fami
             module.register_forward_hook(lambda m, args, _: counted.append(2 * args[0].numel() * m.out_features))
     tiny.forward(model, arguments)
     cross_attention = 4 * layout.num_tokens * known.cross_tokens * dim * known.num_blocks
-    assert sum(counted) + cross_attention == known.linear_flops(layout)
+    unused = 2 * layout.text_tokens * (dim**2 + 8 * dim**2) if is_sd3 else 0  # the last block gives no text on
+    assert sum(counted) + cross_attention + unused == known.linear_flops(layout)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +316,8 @@ def test_spec_of_a_pipeline_is_its_own_shape(tiny: ModuleType, family: str) -> N
     tiny.run(pipe)
     state = handle.states[0]
     assert state.layout is not None
-    assert spec.layout(64, 80, 1 if spec.num_frames == 1 else 9).grid == state.layout.grid
+    width = 64 if family == "dit" else 80
+    assert spec.layout(64, width, 1 if spec.num_frames == 1 else 9).grid == state.layout.grid
     assert (spec.name, spec.family, spec.num_blocks) == (type(pipe).__name__, family, tiny.TARGETS)
     assert spec.hidden_dim == pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
 
@@ -320,6 +335,8 @@ def test_spec_of_a_known_model_is_known(name: str) -> None:
         "mlp_ratio": 4.0,
         "patch_size": known.patch if known.family == "wan" else known.patch[1],
         "patch_size_t": known.patch[0],
+        "sample_size": known.height // known.vae[1],
+        "dual_attention_layers": range(known.visual_blocks),
     }
     denoiser = type(family.models[0], (torch.nn.Module,), {"config": SimpleNamespace(**config)})
     scales = {"vae_scale_factor_temporal": known.vae[0], "vae_scale_factor_spatial": known.vae[1]}
@@ -328,7 +345,7 @@ def test_spec_of_a_known_model_is_known(name: str) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"choose one of shapes, wan2.1-1.3b"):
+    with pytest.raises(ValueError, match=r"choose one of shapes, shapes-image, wan2.1-1.3b"):
         find_spec("sora")
     with pytest.raises(ValueError, match="it has radial, neighborhood, .*grat"):
         find_preset("hunyuanvideo", "dense")

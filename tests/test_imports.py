@@ -23,15 +23,16 @@ MODULES = {
 }
 ROOMS = (  # from the top: a room imports from itself and from those below it
     ("dit_accel.cli", "dit_accel.commands", "dit_accel.demo", "dit_accel.explanation"),
+    ("dit_accel.tuning",),
     ("dit_accel.eval",),
-    ("dit_accel.plugin", "dit_accel.attach", "dit_accel.runtime"),
+    ("dit_accel.plugin", "dit_accel.attach", "dit_accel.runtime", "dit_accel.plan_file", "dit_accel.tuned_plan"),
     ("dit_accel.pipelines",),
-    ("dit_accel.interception", "dit_accel.state"),
+    ("dit_accel.interception", "dit_accel.legacy_processors", "dit_accel.state"),
     ("dit_accel.methods",),
     ("dit_accel.layout", "dit_accel.marks", "dit_accel.plan"),
     ("dit_accel.kernels",),
 )
-MODEL_SIDE = sum(ROOMS[2:5], ())  # from plugin down to interception
+MODEL_SIDE = sum(ROOMS[3:6], ())  # from plugin down to interception
 MODEL_LIBRARIES = ("accelerate", "diffusers", "transformers")
 KERNEL_LIBRARIES = {"torch", "triton", "dit_accel"}
 OPTIONAL = {"cutlass", "flash_attn", "gradio", "matplotlib", "skimage", "torchmetrics", "xformers"}

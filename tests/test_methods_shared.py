@@ -24,6 +24,8 @@ STATIC = [
     pytest.param("attention_tile", {}, id="attention_tile"),
     pytest.param("clear", {}, id="clear"),
     pytest.param("clear", {"tile": (1, 8, 16)}, id="clear-tile"),
+    pytest.param("band", {}, id="band"),
+    pytest.param("band", {"tile": 32}, id="band-tile"),
 ]
 GRIDS: list[Triple] = [(5, 9, 11), (21, 45, 80), (33, 45, 80), (13, 30, 45), (1, 64, 64), (1, 83, 83), (1, 1, 1)]
 TARGETS = (0.001, 0.1, 0.35, 0.7, 1.0)

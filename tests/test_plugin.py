@@ -30,7 +30,7 @@ from dit_accel.methods import METHODS
 from dit_accel.runtime import binder
 from dit_accel.state import scheduler_position
 
-FAMILIES = ("wan", "hunyuan_video", "flux")
+FAMILIES = ("wan", "hunyuan_video", "flux", "dit", "pixart", "sd3")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -65,7 +65,7 @@ def test_every_target_is_called_in_every_step_and_branch(tiny: ModuleType, famil
     pipe = tiny.pipeline(family)
     handle = dit_accel.apply(pipe, tiny.Tiles(everything=False))
     tiny.run(pipe, steps=5)
-    assert handle.tally.sparse_calls == tiny.TARGETS * 5 * 2
+    assert handle.tally.sparse_calls == tiny.TARGETS * 5 * len(tiny.branches(family))
     assert handle.tally.dense_calls == 0
 
 
@@ -79,9 +79,9 @@ def test_the_schedule_counts_denoising_steps(tiny: ModuleType, family: str) -> N
         lambda *_: seen.append((states[0].step, states[0].num_steps, states[0].branch))
     )
     tiny.run(pipe, steps=5)
-    assert seen == [(step, 5, branch) for step in range(5) for branch in ("cond", "uncond")]
-    assert handle.tally.sparse_calls == 2 * 2  # steps 2 and 3, two branches, one block
-    assert handle.tally.calls == tiny.TARGETS * 5 * 2
+    assert seen == [(step, 5, branch) for step in range(5) for branch in tiny.branches(family)]
+    assert handle.tally.sparse_calls == 2 * len(tiny.branches(family))  # steps 2 and 3, one block
+    assert handle.tally.calls == tiny.TARGETS * 5 * len(tiny.branches(family))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_set_attn_processor_is_the_same_verb(tiny: ModuleType) -> None:
     assert torch.equal(tiny.run(pipe), stock)
     pipe.set_attn_processor(None)
     assert anatomy(pipe.transformer) == before
-    for wrong in ("plan.json", 3, pipe.transformer.blocks[0].attn1.processor):
+    for wrong in ("plan", 3, pipe.transformer.blocks[0].attn1.processor):
         with pytest.raises(ValueError, match="takes a method's name"):
             pipe.set_attn_processor(wrong)
 

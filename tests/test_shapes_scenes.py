@@ -57,13 +57,13 @@ def test_a_caption_that_cannot_be_scored_is_refused(text: str, reason: str) -> N
 
 def test_case_and_final_stop_do_not_matter() -> None:
     (found,) = parse_caption("An Orange ring moving up over gray checks.")
-    assert (found.colour, found.shape, found.motion) == ("orange", "ring", "moving up")
+    assert (found.colour, found.shape, found.trait) == ("orange", "ring", "moving up")
 
 
 def test_training_scenes_never_show_a_held_out_triple() -> None:
     scenes = sample_scenes(20_000, 0.5, generator())
-    assert not is_held_out(scenes.colour, scenes.shape, scenes.motion).any()
-    seen = set(zip(*(v.flatten().tolist() for v in (scenes.colour, scenes.shape, scenes.motion)), strict=True))
+    assert not is_held_out(scenes.colour, scenes.shape, scenes.trait).any()
+    seen = set(zip(*(v.flatten().tolist() for v in (scenes.colour, scenes.shape, scenes.trait)), strict=True))
     assert len(seen) == len(COLOUR_NAMES) * len(SHAPES) * len(MOTIONS) - 48
 
 
@@ -72,7 +72,7 @@ def test_held_out_scenes_show_all_held_out_triples_and_nothing_else(objects: int
     scenes = held_out_scenes(100, objects, seed=3)
     shown = [triple for scene in scenes.objects() for triple in scene]
     assert len(set(shown)) == 48 and len(shown) == 100 * objects
-    assert is_held_out(scenes.colour, scenes.shape, scenes.motion).all()
+    assert is_held_out(scenes.colour, scenes.shape, scenes.trait).all()
     assert (scenes.colour[:, 0] != scenes.colour[:, 1]).all()
     assert len(set(captions(scenes))) == 100
 

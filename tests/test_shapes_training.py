@@ -13,9 +13,10 @@ import torch
 from diffusers import WanPipeline
 
 from dit_accel.pipelines.shapes.evaluate import Setting, evaluate, sample_clips
+from dit_accel.pipelines.shapes.kit import CAPTION_TOKENS, build_tokenizer, caption_ids
 from dit_accel.pipelines.shapes.models import (
+    KIT,
     build_pipeline,
-    build_tokenizer,
     build_vae,
     decode_latents,
     encode_clips,
@@ -26,7 +27,7 @@ from dit_accel.pipelines.shapes.recipe import FULL, TINY
 from dit_accel.pipelines.shapes.scenes import captions, parse_caption, sample_scenes
 from dit_accel.pipelines.shapes.train import Checkpoints, save_pipeline, train
 from dit_accel.pipelines.shapes.train_denoiser import _choose_size
-from dit_accel.pipelines.shapes.train_text import CAPTION_TOKENS, binding_targets, caption_ids
+from dit_accel.pipelines.shapes.train_text import binding_targets
 from dit_accel.pipelines.shapes.transfer import join_folder, split_folder
 
 CPU = Workers(rank=0, world=1, device=torch.device("cpu"))
@@ -91,7 +92,7 @@ def test_binding_targets_name_the_object_that_a_token_belongs_to() -> None:
         words = text.split()
         for slot, wanted in enumerate(parse_caption(text)):
             place = words.index(wanted.colour)
-            expected = [int(values[row, slot]) for values in (scenes.colour, scenes.shape, scenes.motion)]
+            expected = [int(values[row, slot]) for values in (scenes.colour, scenes.shape, scenes.trait)]
             assert targets[row, place].tolist() == [*expected, -100, -100]
             assert targets[row, place + 1].tolist() == [*expected, -100, -100]
         background = [-100, -100, -100, int(scenes.background[row]), int(scenes.texture[row])]
@@ -130,7 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("shapes")
     checkpoints = Checkpoints(folder / "work", folder / "out", part_mib=15)
     tiny = replace(TINY, save_every=60.0)
-    train(tiny, checkpoints, 0.5, 1.0, 1e9, resume=None, compile_blocks=False)
+    train(KIT, tiny, checkpoints, 0.5, 1.0, 1e9, resume=None, compile_blocks=False)
     return checkpoints
 
 
@@ -138,7 +139,7 @@ def test_training_goes_on_from_parts_alone(trained: Checkpoints, tmp_path: Path)
     spent = json.loads((trained.out / "progress.json").read_text())["denoiser_seconds"]
     assert spent >= 1
     resumed = Checkpoints(tmp_path / "work", tmp_path / "out", part_mib=15)
-    train(TINY, resumed, 0.0, spent + 0.5, 1e9, resume=trained.out, compile_blocks=False)
+    train(KIT, TINY, resumed, 0.0, spent + 0.5, 1e9, resume=trained.out, compile_blocks=False)
     lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
     assert lines[-1]["stage"] == "finished"
     assert not any(line["stage"].startswith(("vae", "text")) for line in lines)

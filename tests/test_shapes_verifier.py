@@ -37,8 +37,8 @@ def test_rendered_clips_are_read_without_error(size: tuple[int, int, int], count
     clips, texts, scenes = rendered(size, objects, count)
     for clip, text, wanted in zip(as_frames(clips), texts, scenes.objects(), strict=True):
         assert score_clip(clip, text).correct, text
-        assert {(o.colour, o.shape, o.motion) for o in read_clip(clip).objects} == {
-            (o.colour, o.shape, o.motion) for o in wanted
+        assert {(o.colour, o.shape, o.trait) for o in read_clip(clip).objects} == {
+            (o.colour, o.shape, o.trait) for o in wanted
         }
 
 

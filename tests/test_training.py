@@ -23,6 +23,7 @@ from dit_accel.pipelines import shapes
 from dit_accel.pipelines.flow import FlowBatch
 from dit_accel.pipelines.pixels.pipeline import PixelDiTPipeline
 from dit_accel.pipelines.shapes.batches import LatentPool
+from dit_accel.pipelines.shapes.models import KIT
 from dit_accel.pipelines.shapes.recipe import ClipSize
 from dit_accel.pipelines.training.loop import losses, train
 from dit_accel.pipelines.training.parameters import choose_parameters
@@ -279,7 +280,7 @@ def test_attention_parameters_are_those_of_the_modules_that_a_method_enters(tiny
 def test_a_pool_holds_the_same_clips_whenever_it_is_first_drawn_from() -> None:
     pipe = shapes.load()
     size = ClipSize(32, 48, 5, feed=2, pool=6, initial=2, two_objects=0.5)
-    early, late = (LatentPool(size, pipe.vae, pipe.tokenizer, seed=1, reuse=0.5) for _ in range(2))
+    early, late = (LatentPool(KIT, size, pipe.vae, pipe.tokenizer, seed=1, reuse=0.5) for _ in range(2))
     for before in range(0, 8, 2):
         drawn = early.draw(2, before, torch.Generator().manual_seed(before))
     again = late.draw(2, 6, torch.Generator().manual_seed(6))

@@ -7,11 +7,20 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -25,7 +34,6 @@ from dit_accel.pipelines.pixels.model import PixelDiT
 from dit_accel.pipelines.pixels.pipeline import PixelDiTPipeline
 from dit_accel.plan import plan_from_tile_mask
 
-FAMILIES = ("wan", "hunyuan_video", "flux")
 TARGETS = 2  # targeted attention modules of each model
 TEXT_TOKENS = 6
 
@@ -101,6 +109,56 @@ def flux_model(layers: int = 1) -> FluxTransformer2DModel:
     ).eval()
 
 
+def dit_model(layers: int = 2) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=1,
+    ).eval()
+
+
+def pixart_model(layers: int = 2) -> PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        cross_attention_dim=32,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=1,
+        caption_channels=32,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def sd3_model(layers: int = 1, qk_norm: str | None = "rms_norm", dual: tuple[int, ...] = (0,)) -> SD3Transformer2DModel:
+    """As 3.5 medium; its last block, the only one by default, gives no text on."""
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+    ).eval()
+
+
 def pixel_dit_model(layers: int = 2, num_classes: int | None = 5) -> PixelDiT:
     """With a velocity of its own, where a fresh one predicts 0."""
     torch.manual_seed(0)
@@ -113,9 +171,32 @@ def pixel_dit_model(layers: int = 2, num_classes: int | None = 5) -> PixelDiT:
     return model.eval()
 
 
-MODELS = {"wan": wan_model, "hunyuan_video": hunyuan_video_model, "flux": flux_model, "pixel_dit": pixel_dit_model}
-# Latent grids after patchify, (frames, rows, columns), none of them square.
-GRIDS = {"wan": (3, 4, 5), "hunyuan_video": (3, 4, 5), "flux": (1, 6, 5), "pixel_dit": (1, 5, 7)}
+MODELS = {
+    "wan": wan_model,
+    "hunyuan_video": hunyuan_video_model,
+    "flux": flux_model,
+    "dit": dit_model,
+    "pixart": pixart_model,
+    "sd3": sd3_model,
+    "pixel_dit": pixel_dit_model,
+}
+# Latent grids after patchify, (frames, rows, columns), none of them square; DiT needs a square number of tokens.
+GRIDS = {
+    "wan": (3, 4, 5),
+    "hunyuan_video": (3, 4, 5),
+    "flux": (1, 6, 5),
+    "dit": (1, 4, 9),
+    "pixart": (1, 6, 5),
+    "sd3": (1, 6, 5),
+    "pixel_dit": (1, 5, 7),
+}
+TEXT_POSITIONS = {"hunyuan_video": "suffix", "flux": "prefix", "sd3": "suffix"}  # none for the others
+BATCHED = ("dit", "pixart", "sd3", "pixel_dit")  # both guidance branches in one call
+
+
+def branches(family: str) -> tuple[str, ...]:
+    """Calls of a step, by guidance branch."""
+    return ("batched",) if family in BATCHED else ("cond", "uncond")
 
 
 def model(family: str, **config: Any) -> Any:
@@ -152,6 +233,16 @@ def inputs(family: str, batch: int = 1, grid: tuple[int, int, int] | None = None
             "class_labels": torch.arange(batch),
             "return_dict": False,
         }
+    if family in ("dit", "pixart", "sd3"):
+        shared = {
+            "hidden_states": noise(batch, 4, 2 * rows, 2 * columns),
+            "timestep": torch.full((batch,), 5.0),
+            "return_dict": False,
+        }
+        if family == "dit":
+            return shared | {"class_labels": torch.arange(batch)}
+        shared["encoder_hidden_states"] = noise(batch, TEXT_TOKENS, 32)
+        return shared | ({"pooled_projections": noise(batch, 32)} if family == "sd3" else {})
     shared = {
         "hidden_states": noise(batch, 4, frames, 2 * rows, 2 * columns),
         "timestep": torch.full((batch,), 5.0),
@@ -210,6 +301,27 @@ def flux_pipeline() -> FluxPipeline:
     )
 
 
+def dit_pipeline() -> DiTPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=1,
+    )
+    return DiTPipeline(dit_model(), vae.eval(), DDIMScheduler())
+
+
+def pixart_pipeline() -> PixArtAlphaPipeline:
+    return PixArtAlphaPipeline(None, None, None, pixart_model(), DPMSolverMultistepScheduler())
+
+
+def sd3_pipeline(**config: Any) -> StableDiffusion3Pipeline:
+    encoders = dict.fromkeys(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    return StableDiffusion3Pipeline(sd3_model(**config), FlowMatchEulerDiscreteScheduler(), vae=None, **encoders)
+
+
 def pixel_dit_pipeline() -> PixelDiTPipeline:
     return PixelDiTPipeline(pixel_dit_model(), FlowMatchEulerDiscreteScheduler())
 
@@ -218,6 +330,9 @@ PIPELINES = {
     "wan": wan_pipeline,
     "hunyuan_video": hunyuan_video_pipeline,
     "flux": flux_pipeline,
+    "dit": dit_pipeline,
+    "pixart": pixart_pipeline,
+    "sd3": sd3_pipeline,
     "pixel_dit": pixel_dit_pipeline,
 }
 
@@ -229,7 +344,7 @@ def pipeline(family: str, **options: Any) -> Any:
 
 
 def run(pipe: Any, steps: int = 4, height: int = 64, width: int = 80, frames: int = 9, **changes: Any) -> Tensor:
-    """Latents of one seeded run with guidance, in two calls per step but for PixelDiT."""
+    """Latents of one seeded run with guidance; of DiT, which has one size, the image."""
     make = torch.Generator().manual_seed(2)
     texts, pooled = torch.randn(2, 1, TEXT_TOKENS, 32, generator=make), torch.randn(2, 1, 32, generator=make)
     arguments: dict[str, Any] = {
@@ -242,7 +357,16 @@ def run(pipe: Any, steps: int = 4, height: int = 64, width: int = 80, frames: in
     }
     if isinstance(pipe, PixelDiTPipeline):
         return pipe(**(arguments | {"class_labels": 3, "guidance_scale": 2.0} | changes))[0]
-    if isinstance(pipe, FluxPipeline):
+    if isinstance(pipe, DiTPipeline):
+        arguments = {name: value for name, value in arguments.items() if name not in ("height", "width")}
+        return pipe(**(arguments | {"class_labels": [3], "output_type": "pt"} | changes))[0]
+    if isinstance(pipe, PixArtAlphaPipeline):
+        valid = (torch.arange(TEXT_TOKENS) < 4).float()[None]
+        arguments |= {"prompt_attention_mask": valid, "negative_prompt_attention_mask": valid}
+        arguments |= {"negative_prompt": None, "use_resolution_binning": False}
+    elif isinstance(pipe, StableDiffusion3Pipeline):
+        arguments |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
+    elif isinstance(pipe, FluxPipeline):
         arguments |= {"true_cfg_scale": 2.0, "pooled_prompt_embeds": pooled[0]}
         arguments |= {"negative_pooled_prompt_embeds": pooled[1]}
     else:

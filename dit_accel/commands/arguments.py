@@ -8,6 +8,8 @@ from dit_accel.kernels import BACKENDS
 from dit_accel.methods import make_method, parse_method_call
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.presets import PRESETS, preset_method
+from dit_accel.plan_file import names_plan
+from dit_accel.tuned_plan import PlanAttnProcessor, method_of
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """How to generate, whatever the prompt."""
-    parser.add_argument("--model", default="shapes", help="shapes (default), a hub id or a pipeline folder")
+    parser.add_argument("--model", default="shapes", help="shapes (default), shapes-image, a hub id or a folder")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
     add_size(parser)
     parser.add_argument("--steps", type=int, help="denoising steps")
@@ -35,13 +37,15 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_method(text: str, model: str, density: float | None = None) -> AttnMethod:
-    """A method from the command line: a name, or a call with options such as ``radial(decay=0.2)``.
+    """A method from the command line: a name, a call such as ``radial(decay=0.2)``, or the place of a tuned plan.
 
     A bare name takes the model's preset where there is one, unless ``density`` is given.
 
     Raises:
-        ValueError: no method call, or what ``make_method`` refuses.
+        ValueError: no method call, or what ``make_method`` or ``TunedPlan`` refuses.
     """
+    if names_plan(text):
+        return method_of(text, **({} if density is None else {"density": density}))
     name, options = parse_method_call(text)
     if density is not None:
         options.setdefault("density", density)
@@ -52,5 +56,14 @@ def parse_method(text: str, model: str, density: float | None = None) -> AttnMet
 
 def method_call(method: AttnMethod) -> str:
     """The method as the command line takes it."""
+    if isinstance(method, PlanAttnProcessor):
+        return method.source
     inner = ", ".join(f"{name}={value!r}" for name, value in method.options().items())
     return f"{method.name}({inner})" if inner else method.name
+
+
+def apply_call(method: AttnMethod) -> str:
+    """The arguments of ``dit_accel.apply`` after the pipeline, as Python has them."""
+    if isinstance(method, PlanAttnProcessor):
+        return repr(method.source)
+    return repr(method.name) + "".join(f", {name}={value!r}" for name, value in method.options().items())

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from dit_accel.commands.models import Frames, Model, Request, call_arguments
 from dit_accel.eval.discarded import DiscardedMass, gather
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.shapes.evaluate import decode_clips
+from dit_accel.pipelines.shapes.scenes import CLIPS
 from dit_accel.plugin import apply
 from dit_accel.runtime import Discarded
 
@@ -40,7 +40,7 @@ def sample(
 ) -> Batch:
     """One call of the stock pipeline for requests that differ in prompt and seed alone.
 
-    Each clip starts from the noise of its own CPU seed, whatever the batch. Clips of the embedded model are decoded
+    Each clip starts from the noise of its own CPU seed, whatever the batch. Clips of embedded models are decoded
     whole, which equals the stock decoder up to rounding and is faster.
 
     Args:
@@ -50,18 +50,15 @@ def sample(
         backend: of the operator.
         discarded: also measure the softmax mass left out. Default no.
     """
-    arguments = call_arguments(model, requests[0]) | {
-        "prompt": [request.prompt for request in requests],
-        "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
-        "output_type": "latent" if model.is_shapes else "np",
-    }
+    whole_clips = model.embedded is not None and model.embedded.language is CLIPS
+    arguments = call_arguments(model, *requests) | {"output_type": "latent" if whole_clips else "np"}
     model.pipe.set_progress_bar_config(disable=True)
     with apply(model.pipe, method, backend=backend) as handle:
         probing: AbstractContextManager[list[Discarded]] = handle.probing() if discarded else nullcontext([])
         with probing as calls:
             output = model.pipe(**arguments)[0]
         tally = handle.tally
-    clips = decode_clips(model.pipe, output) if model.is_shapes else np.asarray(output, dtype=np.float32)
+    clips = decode_clips(model.pipe, output) if whole_clips else np.asarray(output, dtype=np.float32)
     if clips.ndim == 4:  # images
         clips = clips[:, None]
     masses = gather(calls, blocks=model.spec.num_blocks, steps=requests[0].steps, batch=len(requests))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dit_accel.commands import bench_actions
 from dit_accel.commands.bench_methods import settings
+from dit_accel.eval.bench.actions import action_table
+from dit_accel.eval.bench.actions import bench_actions as measure_actions
 from dit_accel.eval.bench.calls import CallRow, bench_call, call_table, plot_growth
 from dit_accel.eval.bench.cases import Case, MakePlan, random_cases
 from dit_accel.eval.bench.operators import DEFAULT, OPERATORS, Operator
@@ -56,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = actions.add_parser("kernels", help="time the operator and its peers; every speed is checked first")
     kernels.add_argument("--operators", help=f"comma-separated, of {', '.join(OPERATORS)}")
     methods = actions.add_parser("methods", help="time whole attention calls of methods, their choice of keys included")
-    for action in (kernels, methods):
+    layers = actions.add_parser(
+        "actions", help="time the actions of a plan on one attention module, projections and all"
+    )
+    for action in (kernels, methods, layers):
         action.add_argument("--output", type=Path, help="append JSON lines, one per operator and case, to this file")
         action.add_argument("--cases", default="", help="only those whose name holds this text")
         action.add_argument("--quick", action="store_true", help="fewer rounds, and of the kernels' cases a few")
@@ -66,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return {"plot": _plot, "kernels": _kernels, "methods": _methods}[options.action](options)
+    return {"plot": _plot, "kernels": _kernels, "methods": _methods, "actions": _actions}[options.action](options)
 
 
 def _plot(options: argparse.Namespace) -> int:
@@ -84,10 +92,8 @@ def _methods(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dense = [operator for operator in _operators(None, device) if operator.dense]
-    cases = [case for case in (setting.case(device) for setting in settings(device)) if options.cases in case.name]
-    if not cases:
-        names = "; ".join(setting.case(device).name for setting in settings(device))
-        raise ValueError(f"no case matches --cases {options.cases!r}; there are {names}.")
+    found = {case.name: case for case in (setting.case(device) for setting in settings(device))}
+    cases = [found[name] for name in _named(found, options.cases)]
     shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul_rate(device, dtype) / 1e12)
     wrong = False
     for case in cases:
@@ -99,14 +105,28 @@ def _methods(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _actions(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul_rate(device, dtype) / 1e12)
+    found = bench_actions.modules(device, dtype)
+    effort = replace(EFFORTS[device.type, options.quick], turn_seconds=bench_actions.TURN_SECONDS[device.type])
+    wrong = False
+    for name in _named(found, options.cases):
+        rows = measure_actions(found[name](), device, effort)
+        print(f"\n{name}\n{action_table(rows)}")
+        wrong |= any(row["refused"] is not None for row in rows)
+        if options.output:
+            append(options.output, rows, shared)
+    return 1 if wrong else 0
+
+
 def _kernels(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     operators = _operators(options.operators, device)
-    cases = [case for case in all_cases(device) if options.cases in case.name and (case.quick or not options.quick)]
-    if not cases:
-        names = "; ".join(case.name for case in all_cases(device))
-        raise ValueError(f"no case matches --cases {options.cases!r}; there are {names}.")
+    found = {case.name: case for case in all_cases(device) if case.quick or not options.quick}
+    cases = [found[name] for name in _named(found, options.cases)]
     matmul = matmul_rate(device, dtype) / 1e12
     shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul)
     print(f"{shared['machine'].get('gpu', shared['machine']['cpu'])}, matrix product {matmul:.3g} TFLOP/s")
@@ -120,6 +140,14 @@ def _kernels(options: argparse.Namespace) -> int:
     if options.output:
         print(f"\nrecords: {options.output}")
     return 1 if wrong else 0
+
+
+def _named(found: Iterable[str], text: str) -> list[str]:
+    """The names that hold a text; a ValueError lists all if none does."""
+    names = [*found]
+    if not any(text in name for name in names):
+        raise ValueError(f"no case matches --cases {text!r}; there are {'; '.join(names)}.")
+    return [name for name in names if text in name]
 
 
 def _operators(names: str | None, device: torch.device) -> list[Operator]:

@@ -13,17 +13,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit_accel.commands.arguments import add_run, method_call, parse_method
+from dit_accel.commands.arguments import add_run, apply_call, method_call, parse_method
 from dit_accel.commands.models import Frames, Generation, Model, Request, generate, load, probe, warm_up
 from dit_accel.eval.discarded import BY_HEAD, discarded_of
 from dit_accel.eval.media import SheetRow, contact_sheet, write_mp4
 from dit_accel.eval.quality import METRICS, measure
-from dit_accel.eval.records import Job, Record, RecordWriter, Timings, make_record, read_records
+from dit_accel.eval.records import Densities, Job, Record, RecordWriter, Timings, make_record, read_records
 from dit_accel.eval.report import MISSING, MethodResult, ReportData, format_table, summary, tile_picture, write_report
 from dit_accel.kernels.block_sparse.reference import token_mask
 from dit_accel.layout import TokenLayout
+from dit_accel.methods.assigned import AssignedAttention
 from dit_accel.methods.attention import PlannedAttention
 from dit_accel.methods.base import AttnMethod
+from dit_accel.pipelines.embedded import EMBEDDED
 
 DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear")
 FPS = 12.0
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         action="append",
-        metavar="NAME or NAME(option=value, ...)",
+        metavar="NAME or NAME(option=value, ...) or PLAN.json",
         help=f"repeat for several (default: {', '.join(DEFAULT_METHODS)}, with the model's presets)",
     )
     parser.add_argument("--density", type=float, help="for every method, in place of its own settings, in (0, 1]")
@@ -135,22 +137,26 @@ def _frames(
     quality = measure(frames, reference, [*METRICS]) | model.prompt_scores(frames, request.prompt)
     mass = probe(model, request, entry.method, options.backend) if options.discarded and entry is not dense else None
     quality |= mass.scores() if mass else {}
-    layout = model.layout(request)
-    attention = entry.method.attention(layout)
     writer.append(
         make_record(
             entry.job,
             timings=_timings(generation, seconds),
             quality=quality,
-            densities={
-                "executed": 1.0 if attention is None else attention.density,
-                "ideal": 1.0 if attention is None else layout.joint_density(entry.method.ideal_density(layout)),
-                "run": generation.density,
-            },
+            densities=_densities(entry.method, model.layout(request), generation.density),
             baseline=None if entry is dense else dense.job.key,
         )
     )
     return frames
+
+
+def _densities(method: AttnMethod, layout: TokenLayout, run: float) -> Densities:
+    attention = method.attention(layout)
+    if attention is None:
+        return {"executed": 1.0, "ideal": 1.0, "run": run}
+    if isinstance(attention, AssignedAttention):  # what a call computes differs by step and block
+        return {"executed": run, "run": run}
+    ideal = layout.joint_density(method.ideal_density(layout))
+    return {"executed": attention.density, "ideal": ideal, "run": run}
 
 
 def _timings(generation: Generation, warmup: float) -> Timings:
@@ -242,18 +248,18 @@ def _picture(method: AttnMethod, layout: TokenLayout) -> Image.Image | None:
 
 
 def _script(entry: Entry, request: Request, model: Model) -> str:
-    options = "".join(f", {name}={value!r}" for name, value in entry.method.options().items())
     frames = f", num_frames={request.num_frames}" if request.num_frames > 1 else ""
-    loading = (
-        "from dit_accel.pipelines import shapes\n\npipe = shapes.load()"
-        if model.name == "shapes"
-        else f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({model.name!r})"
-    )
+    extra = "".join(f", {name}={value!r}" for name, value in model.call.arguments.items())
+    if model.name in EMBEDDED:
+        package = EMBEDDED[model.name].package
+        loading = f"from dit_accel.pipelines import {package}\n\npipe = {package}.load()"
+    else:
+        loading = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({model.name!r})"
     return (
         f"import torch\nimport dit_accel\n{loading}\n"
-        f"dit_accel.apply(pipe, {entry.method.name!r}{options})\n"
+        f"dit_accel.apply(pipe, {apply_call(entry.method)})\n"
         f"output = pipe({request.prompt!r}, height={request.height}, width={request.width}{frames}, "
-        f"num_inference_steps={request.steps}, guidance_scale={request.guidance:g}, "
+        f"num_inference_steps={request.steps}, {model.call.guidance}={request.guidance:g}{extra}, "
         f"generator=torch.Generator().manual_seed({request.seed}))[0]"
     )
 

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from dit_accel.commands.arguments import add_settings, method_call, parse_method
 from dit_accel.commands.batches import sample
 from dit_accel.commands.compare import record_writer
-from dit_accel.commands.models import EMBEDDED, Frames, Model, Request, load
+from dit_accel.commands.models import Frames, Model, Request, load
 from dit_accel.eval.quality import METRICS, Score, measure
 from dit_accel.eval.records import RecordWriter, make_record, read_records, to_json
 from dit_accel.eval.report import format_table, heat_map, heat_map_scale
 from dit_accel.eval.summary import MethodSummary, as_dict, summarise_methods, table_row
 from dit_accel.methods.base import AttnMethod
+from dit_accel.pipelines.embedded import EMBEDDED
 from dit_accel.pipelines.shapes.scenes import captions, held_out_scenes
 
 _POOL = 480  # scenes drawn of each kind, so that a longer run begins with the prompts of a shorter one
@@ -137,13 +138,14 @@ def read_prompts(source: str, model: str) -> list[str]:
             raise ValueError(f"--prompts must be a number or a text file with a prompt a line, got {source!r}.")
         return prompts
     count = int(source)
-    if model != EMBEDDED:
+    if model not in EMBEDDED:
         raise ValueError(
             f"{model} has no prompts of its own, got --prompts {source}; pass a file with a prompt a line."
         )
     if not 0 < count <= 2 * _POOL:
         raise ValueError(f"--prompts must be between 1 and {2 * _POOL}, got {count}.")
-    pairs = zip(*(captions(held_out_scenes(_POOL, objects)) for objects in (1, 2)), strict=True)
+    language = EMBEDDED[model].language
+    pairs = zip(*(captions(held_out_scenes(_POOL, objects, language=language)) for objects in (1, 2)), strict=True)
     return [caption for pair in pairs for caption in pair][:count]
 
 

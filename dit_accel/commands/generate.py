@@ -16,7 +16,7 @@ from dit_accel.eval.media import write_mp4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--method", default="dense", help="a name or name(option=value, ...) (default dense)")
+    parser.add_argument("--method", default="dense", help="a name, name(option=value, ...) or a plan (default dense)")
     parser.add_argument("--density", type=float, help="in place of the method's own settings, in (0, 1]")
     parser.add_argument("--output", type=Path, help="file: .mp4 for a video, .png for an image (default output.*)")
 

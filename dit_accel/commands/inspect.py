@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             f"{method} ({preset.source})" for (model, method), preset in PRESETS.items() if model == name
         )
         size = f"{spec.height}x{spec.width}" + (f"x{spec.num_frames}" if spec.num_frames > 1 else "")
-        print(f"  {name:14}{size}: {layout.num_tokens:,} tokens; presets: {presets or 'none'}")
+        print(f"  {name:17}{size}: {layout.num_tokens:,} tokens; presets: {presets or 'none'}")
     print("\ndenoisers that a method can be applied to")
     for family in FAMILIES:
         print(f"  {family.name:14}{', '.join(family.models)}")

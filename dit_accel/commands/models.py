@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from dit_accel.eval.records import Job
 from dit_accel.eval.speed import StepClock, measure
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import AttnMethod
-from dit_accel.pipelines import shapes
+from dit_accel.pipelines.embedded import EMBEDDED, Call, Embedded
 from dit_accel.pipelines.shapes.verifier import score_clip
 from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plugin import apply
 
 Frames = np.ndarray[Any, np.dtype[Any]]
 
-EMBEDDED = "shapes"
 PROMPT_SCORES = ("prompt_accuracy", "clip_correct")
 _SIZES = ("height", "width", "num_frames", "steps", "guidance")  # of a request, defaults of a spec
 
@@ -79,9 +78,14 @@ class Model:
         return torch.device(self.pipe.device)
 
     @property
-    def is_shapes(self) -> bool:
-        """Whether this is the embedded pipeline or one tuned from it: its verifier reads the clips."""
-        return self.spec.name == EMBEDDED
+    def embedded(self) -> Embedded | None:
+        """The embedded pipeline that this is or is tuned from; a verifier reads what it makes."""
+        return EMBEDDED.get(self.spec.name)
+
+    @property
+    def call(self) -> Call:
+        """How the pipeline is called."""
+        return self.embedded.call if self.embedded else Call()
 
     def layout(self, request: Request) -> TokenLayout:
         return self.spec.layout(request.height, request.width, request.num_frames)
@@ -93,11 +97,13 @@ class Model:
             ValueError: a size the model cannot make, or no prompt for a model that has no own.
         """
         spec = self.spec
-        if prompt is None and self.name != EMBEDDED:
-            raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
+        if prompt is None:
+            if self.name not in EMBEDDED:
+                raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
+            prompt = EMBEDDED[self.name].prompts[0]
         given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
         request = Request(
-            prompt=shapes.EXAMPLE_PROMPTS[0] if prompt is None else prompt,
+            prompt=prompt,
             seed=options.seed,
             **{name: given.get(name, getattr(spec, name)) for name in _SIZES},
         )
@@ -123,9 +129,9 @@ class Model:
     def prompt_scores(self, clip: Frames, prompt: str) -> dict[str, Score]:
         """How much of the prompt a uint8 clip shows: the share of its objects, and whether all of it is right."""
         try:
-            if not self.is_shapes:
+            if self.embedded is None:
                 raise ValueError("the model brings no verifier.")
-            seen = score_clip(clip, prompt)
+            seen = score_clip(clip, prompt, self.embedded.language)
         except ValueError as error:
             return {name: Score(None, skipped=str(error)) for name in PROMPT_SCORES}
         share = seen.objects / (seen.wanted + seen.extra)  # of everything wanted or extra, what is wanted and right
@@ -134,7 +140,7 @@ class Model:
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> Model:
-    """The embedded pipeline, a pipeline folder or a hub model.
+    """An embedded pipeline, a pipeline folder or a hub model.
 
     Raises:
         ValueError: a name that is none of these, or a pipeline that cannot be loaded or has no supported denoiser.
@@ -143,8 +149,8 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Mode
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu.")
     kind: torch.dtype = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
-    if name == EMBEDDED:
-        pipe = shapes.load(kind, target)
+    if name in EMBEDDED:
+        pipe = EMBEDDED[name].load(kind, target)
     else:
         pipe = _load_diffusers(name, kind).to(target)
     return Model(name, pipe, spec_of(pipe))
@@ -154,7 +160,7 @@ def _load_diffusers(name: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     if not Path(name).is_dir() and name.count("/") != 1:
-        near = difflib.get_close_matches(name, [EMBEDDED], n=1)
+        near = difflib.get_close_matches(name, EMBEDDED, n=1)
         instead = f"did you mean {near[0]!r}" if near else "use shapes, a pipeline folder or a hub id owner/name"
         raise ValueError(f"there is no model {name!r}; {instead}.")
     try:
@@ -166,19 +172,26 @@ def _load_diffusers(name: str, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def generate(model: Model, request: Request, method: AttnMethod, backend: Any, progress: bool = True) -> Generation:
-    """Runs the pipeline once with ``method`` applied, and takes it out again."""
+def generate(
+    model: Model,
+    request: Request,
+    method: AttnMethod,
+    backend: Any,
+    progress: bool = True,
+    output_type: Literal["np", "latent"] = "np",
+) -> Generation:
+    """Runs the pipeline once with ``method`` applied, and takes it out again; its frames may be the final latents."""
     pipe, device = model.pipe, model.device
     pipe.set_progress_bar_config(disable=not progress, desc=method.name.rjust(12), leave=True)
     clock, outputs = StepClock(device), []
     hook = pipe.transformer.register_forward_pre_hook(clock.start)
     try:
         with apply(pipe, method, backend=backend) as handle, handle.timing() as tally:
-            arguments = call_arguments(model, request) | {"callback_on_step_end": clock}
+            arguments = call_arguments(model, request) | {"callback_on_step_end": clock, "output_type": output_type}
             whole = measure(lambda: outputs.append(pipe(**arguments)[0][0]), warmup=0, runs=1, device=device)
     finally:
         hook.remove()
-    frames = np.asarray(outputs[0], dtype=np.float32)
+    frames = torch.as_tensor(outputs[0]).float().cpu().numpy()
     return Generation(
         frames=frames if frames.ndim == 4 else frames[None],
         denoise=clock.denoise_seconds,
@@ -211,19 +224,17 @@ def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) ->
     return clock.denoise_seconds
 
 
-def call_arguments(model: Model, request: Request) -> dict[str, Any]:
-    """The pipeline call's arguments."""
+def call_arguments(model: Model, request: Request, *others: Request) -> dict[str, Any]:
+    """The arguments of one call of the pipeline, for a request or several that differ in prompt and seed alone."""
+    requests = [request, *others]
     arguments: dict[str, Any] = {
-        "prompt": request.prompt,
+        "prompt": [request.prompt for request in requests],
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
         "output_type": "np",
     }
     if model.spec.num_frames > 1:
         arguments["num_frames"] = request.num_frames
-    if model.is_shapes:
-        arguments["max_sequence_length"] = shapes.DEFAULT_TEXT_LENGTH
-    return arguments
+    return arguments | model.call.of(request.guidance, len(requests))

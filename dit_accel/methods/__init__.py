@@ -15,9 +15,11 @@ from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.kernels.block_sparse.reference import token_mask as mask_of_plan
 from dit_accel.layout import TextPosition, TokenLayout
 from dit_accel.methods.attention_tile import AttentionTileAttnProcessor
+from dit_accel.methods.band import BandAttnProcessor
 from dit_accel.methods.base import AttnMethod, DynamicMethod, StaticMethod
 from dit_accel.methods.clear import CLEARAttnProcessor
 from dit_accel.methods.dense import DenseAttnProcessor
+from dit_accel.methods.dit_fast_attn import DiTFastAttnProcessor
 from dit_accel.methods.draft import DraftAttnProcessor
 from dit_accel.methods.grat import GRATAttnProcessor
 from dit_accel.methods.log_linear import LogLinearAttnProcessor
@@ -35,10 +37,12 @@ METHODS: dict[str, type[AttnMethod]] = {
         GRATAttnProcessor,
         SlidingTileAttnProcessor,
         AttentionTileAttnProcessor,
+        BandAttnProcessor,
         CLEARAttnProcessor,
         DraftAttnProcessor,
         LogLinearAttnProcessor,
         PyramidAttnProcessor,
+        DiTFastAttnProcessor,
     )
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast, get_args
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels import block_sparse_attention, can_run
@@ -15,6 +18,37 @@ from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.kernels.block_sparse.plan import BlockPlan, TileGrid, Triple
 from dit_accel.kernels.pyramid.list_operator import ListBackend, check_backend
 from dit_accel.layout import TokenLayout
+
+Memory = dict[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where in a run, in the model and in the guidance an attention call is.
+
+    Args:
+        block: index of its transformer block, of ``num_blocks``.
+        step: denoising step, from 0, of ``num_steps``.
+        memory: what a method keeps from step to step in this layer and guidance branch; empty when a run begins.
+        conditional: the items of the batch that are guidance's conditional half; None: the call does not hold both.
+        of_conditional: the memory of this layer in the conditional call of the same step, in the unconditional one.
+        shared_later: an unconditional call of the same step is to follow this one.
+    """
+
+    block: int = 0
+    num_blocks: int = 1
+    step: int = 0
+    num_steps: int = 1
+    memory: Memory = field(default_factory=dict)
+    conditional: slice | None = None
+    of_conditional: Memory | None = None
+    shared_later: bool = False
+
+
+def torch_dense(call: AttnCall) -> Tensor:
+    """Dense attention by torch, for calls outside a pipeline."""
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, scale=call.scale).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +59,11 @@ class AttnCall:
         q, k, v: [B, L, H, D], any strides.
         scale: factor on the scores; None: head_dim ** -0.5.
         text_lengths: valid text tokens per batch item, int32 [B]; None: all of them.
+        mask: the same as the model gives it to dense attention.
         backend: of the operator.
         with_lse: whether the result must have its LSE.
-        step: denoising step, from 0.
-        memory: what a method keeps from step to step in this layer and guidance branch; empty when a run begins.
+        place: where the call is.
+        dense: dense attention as the pipeline would compute it.
     """
 
     q: Tensor
@@ -36,10 +71,16 @@ class AttnCall:
     v: Tensor
     scale: float | None = None
     text_lengths: Tensor | None = None
+    mask: Tensor | None = None
     backend: Backend = "auto"
     with_lse: bool = False
-    step: int = 0
-    memory: dict[str, Any] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
+    dense: Callable[[AttnCall], Tensor] = torch_dense
+
+    def of_heads(self, heads: Sequence[int]) -> AttnCall:
+        """The call of some heads; a mask that differs by head is not known here."""
+        index = torch.tensor(heads, device=self.q.device)
+        return replace(self, q=self.q[:, :, index], k=self.k[:, :, index], v=self.v[:, :, index])
 
 
 class AttnResult(NamedTuple):
@@ -54,6 +95,39 @@ class AttnResult(NamedTuple):
     out: Tensor
     lse: Tensor | None
     density: float | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """A call of a whole attention module, projections included.
+
+    Args:
+        run: the stock processor.
+        bound: what the module was called with.
+    """
+
+    run: Callable[..., Any]
+    bound: inspect.BoundArguments
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.bound.arguments["hidden_states"].device
+        return device
+
+    def __call__(self) -> Any:
+        """The module's output: a tensor, or one for the grid and one for the text."""
+        return self.run(*self.bound.args, **self.bound.kwargs)
+
+    def of_items(self, items: slice) -> Any:
+        """Its output for some items of the batch."""
+        given = self.bound.arguments
+        cut = {name: value[items] for name in _BATCHED if isinstance(value := given.get(name), Tensor)}
+        part = inspect.BoundArguments(self.bound.signature, OrderedDict(given | cut))
+        return self.run(*part.args, **part.kwargs)
+
+
+# Arguments of attention modules that have a batch dimension; position embeddings have none in the models concerned.
+_BATCHED = ("hidden_states", "encoder_hidden_states", "attention_mask")
 
 
 class QueryGroups(NamedTuple):
@@ -76,7 +150,10 @@ class BoundAttention(ABC):
         density: share of all query-key pairs a call computes, text included; expected, where it depends on the call.
         tile: tokens of one query tile per axis, for people to read.
         groups: the queries that share keys; asked for by corrections and diagnostics only.
+        splits_guidance: whether it asks for ``Place.conditional``, which takes a look at the hidden states.
     """
+
+    splits_guidance: ClassVar[bool] = False
 
     layout: TokenLayout
     density: float
@@ -85,6 +162,10 @@ class BoundAttention(ABC):
     @abstractmethod
     def attend(self, call: AttnCall) -> AttnResult:
         """The call's output."""
+
+    def around(self, place: Place, module: ModuleCall) -> tuple[Any, bool]:
+        """The output of a whole attention module, and whether any of it was computed."""
+        return module(), True
 
     @abstractmethod
     def groups(self) -> QueryGroups:
@@ -144,14 +225,15 @@ class SelectedAttention(BoundAttention):
         return attend_by_plan(call, plan, density)
 
     def _planned(self, call: AttnCall) -> tuple[BlockPlan, Tensor]:
-        kept = call.memory.get("plan")
-        if kept is not None and call.step - kept[0] < self._refresh:
+        place = call.place
+        kept = place.memory.get("plan")
+        if kept is not None and place.step - kept[0] < self._refresh:
             return kept[1], kept[2]
         with torch.no_grad():
             plan = self._select(call.q, call.k)
             density = plan.computed_share()
         if self._refresh > 1:
-            call.memory["plan"] = (call.step, plan, density)
+            place.memory["plan"] = (place.step, plan, density)
         return plan, density
 
     def groups(self) -> QueryGroups:

@@ -39,6 +39,8 @@ class AttnMethod(ABC):
     """
 
     name: ClassVar[str]
+    # Whether it answers calls of whole attention modules too: they then run outside compiled graphs.
+    whole_modules: ClassVar[bool] = False
 
     density: float | None = None
     start_percent: float = 0.0

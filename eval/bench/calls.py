@@ -107,7 +107,8 @@ def bench_call(
             row["refused"] = f"its output is {row['error']:.1e} away from another backend's"
         else:
             steps[row["operator"]] = step
-    steps |= {f"{name}, graph": step for name, step in _captured(steps, case, device).items()}
+    if not case.training and case.operator in steps and (graph := graph_of(steps[case.operator], device)):
+        steps[f"{case.operator}, graph"] = graph
     times = measure_in_turns(steps, rounds=effort.rounds, turn_seconds=effort.turn_seconds, device=device)
     best = min(
         ((times[operator.name].median, operator.name) for operator in able if operator.name in times), default=None
@@ -124,13 +125,11 @@ def bench_call(
     return rows
 
 
-def _captured(
-    steps: Mapping[str, Callable[[], object]], case: CallCase, device: torch.device
-) -> dict[str, Callable[[], object]]:
-    """The method's forward as a CUDA graph: small calls are bound by the host that launches them."""
-    if device.type != "cuda" or case.training or case.operator not in steps:
-        return {}
-    step, graph = steps[case.operator], torch.cuda.CUDAGraph()
+def graph_of(step: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """A call as a CUDA graph, for small ones are bound by the host that launches them; None where there can be none."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):
         step()
     torch.cuda.synchronize()
@@ -138,8 +137,8 @@ def _captured(
         with torch.cuda.graph(graph):
             step()
     except RuntimeError:  # it waits for the device, which a graph cannot
-        return {}
-    return {case.operator: graph.replay}
+        return None
+    return graph.replay
 
 
 def _dense(operator: Operator, inputs: Inputs) -> AttendTensors:

@@ -43,6 +43,11 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone()
 
 
+def wants_one_order(*tensors: Tensor) -> bool:
+    """Whether gradients are to be summed in one order, which torch's fused backward kernels may not do."""
+    return torch.are_deterministic_algorithms_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.is_cuda
@@ -51,6 +56,7 @@ def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[-1] <= 256
         and all(x.stride(-1) == 1 for x in (q, k, v))
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and not wants_one_order(q, k, v)
     )
 
 

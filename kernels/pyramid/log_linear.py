@@ -104,7 +104,8 @@ def log_linear_attention(
         return_lse: also return the natural-log LSE of each query's scores, float32 [batch, heads, tokens]; that of text
             queries carries no gradient.
 
-    Gradients reach q, k and v through tokens and means, not through the choice.
+    Gradients reach q, k and v through tokens and means, not through the choice. Equal calls give equal bits; for the
+    gradients of text queries, which torch's dense attention computes, under ``torch.use_deterministic_algorithms``.
 
     Returns:
         The output, shaped and typed as ``q``; with ``return_lse`` a pair (output, LSE).

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.dense_rows import aligned, dense_rows
+from dit_accel.kernels.block_sparse.dense_rows import aligned, dense_rows, wants_one_order
 
 
 def with_text_queries(
@@ -50,6 +50,8 @@ def with_text_queries(
         places = torch.cat([order.long(), text])
         lse = lse.new_empty(*lse.shape[:2], length).index_copy(2, places, torch.cat([lse, text_lse], 2))
         return _joined(out, rows, prefix, tokens), lse
+    if wants_one_order(q, k, v):
+        return _joined(out, dense_rows(q[:, text], k, v, scale=scale, hidden=hidden)[0], prefix, tokens), None
     queries, keys, values = (aligned(x).transpose(1, 2) for x in (q[:, text], k, v))
     mask = None if hidden is None else ~hidden[:, None, None]
     rows = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)

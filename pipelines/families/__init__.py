@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.pipelines.families.dit import DIT
 from dit_accel.pipelines.families.family import Family
 from dit_accel.pipelines.families.flux import FLUX
 from dit_accel.pipelines.families.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel.pipelines.families.pixart import PIXART
 from dit_accel.pipelines.families.pixel_dit import PIXEL_DIT
+from dit_accel.pipelines.families.sd3 import SD3
 from dit_accel.pipelines.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, FLUX, PIXEL_DIT)
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, FLUX, DIT, PIXART, SD3, PIXEL_DIT)
 
 __all__ = ["FAMILIES", "Family", "denoisers_of", "family_of"]
 

@@ -21,6 +21,8 @@ class Family:
         read: the tokens of one call, from its arguments by name and the model's config.
         shape: the fields of ``ModelSpec`` that a denoiser's config tells.
         guidance: conditional and unconditional branch in "separate" calls, "batched" in one, or "none".
+        cond_half: which half of a batched call is the conditional one. Default "second".
+        visual_targets: like ``targets``, modules that see the grid alone though the others see text too; counted last.
         timestep_scale: the scheduler's timesteps in units of the denoiser's. Default 1.
     """
 
@@ -30,4 +32,6 @@ class Family:
     read: Callable[[Mapping[str, Any], Any], CallTokens]
     shape: Callable[[Any], dict[str, Any]]
     guidance: Literal["separate", "batched", "none"]
+    cond_half: Literal["first", "second"] = "second"
+    visual_targets: tuple[str, ...] = ()
     timestep_scale: float = 1.0

@@ -29,4 +29,5 @@ PIXEL_DIT = Family(
         "patch": (1, 1, 1),
     },
     guidance="batched",
+    cond_half="first",
 )

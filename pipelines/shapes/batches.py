@@ -1,26 +1,18 @@
-"""What a denoiser of clips is trained on: pools of encoded clips, drawn from and refreshed on the GPU."""
+"""What a denoiser is trained on: pools of encoded clips, drawn from and refreshed on the GPU."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dit_accel.pipelines import seeds
-from dit_accel.pipelines.shapes.models import (
-    FLOW_SHIFT,
-    LATENT_CHANNELS,
-    encode_clips,
-    latent_statistics,
-    whole_clip_passes,
-)
+from dit_accel.pipelines.shapes.kit import CAPTION_TOKENS, Kit, caption_ids
 from dit_accel.pipelines.shapes.recipe import ClipSize
 from dit_accel.pipelines.shapes.render import render
 from dit_accel.pipelines.shapes.scenes import captions, sample_scenes
-from dit_accel.pipelines.shapes.train_text import CAPTION_TOKENS, caption_ids
 
 _CAPTION_DROPOUT = 0.1
 
@@ -32,6 +24,7 @@ class LatentPool:
     all draws before been made.
 
     Args:
+        kit: of the pipeline.
         size: of the clips, and how many are rendered at once, kept, and there at first.
         vae, tokenizer: of the pipeline; latents lie on the VAE's device.
         seed: of the clips.
@@ -41,38 +34,39 @@ class LatentPool:
 
     def __init__(
         self,
+        kit: Kit,
         size: ClipSize,
-        vae: AutoencoderKLWan,
+        vae: Any,
         tokenizer: PreTrainedTokenizerFast,
         seed: int,
         reuse: float,
         share: int = 1,
     ) -> None:
-        self._size, self._vae, self._tokenizer, self._seed, self._reuse = size, vae, tokenizer, seed, reuse
+        self._kit, self._size, self._vae, self._tokenizer = kit, size, vae, tokenizer
+        self._seed, self._reuse = seed, reuse
         self._device = torch.device(vae.device)
         self._rounds = max(1, size.pool // share // size.feed)  # feeds that the ring holds
         self._initial = -(-size.initial // share // size.feed)
-        shape = (self._rounds * size.feed, LATENT_CHANNELS, *size.latent_shape)
+        shape = (self._rounds * size.feed, *kit.latent_shape(size.grid))
         self._latents = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
         self._ids = torch.empty(len(self._latents), CAPTION_TOKENS, dtype=torch.long, device=self._device)
-        self._mean, self._std = latent_statistics(vae, self._device)
         self._fed = 0
 
     @torch.no_grad()
     def _feed(self, number: int) -> None:
         size = self._size
         cpu, device = (seeds.generator(kind, self._seed, number) for kind in ("cpu", self._device))
-        scenes = sample_scenes(size.feed, size.two_objects, cpu)
+        scenes = sample_scenes(size.feed, size.two_objects, cpu, self._kit.language)
         clips = render(scenes, size.height, size.width, size.frames, device)
-        with whole_clip_passes(), torch.autocast(self._device.type, torch.bfloat16):
-            mean, _ = encode_clips(self._vae, clips)
+        with self._kit.passes(), torch.autocast(self._device.type, torch.bfloat16):
+            mean, _ = self._kit.encode(self._vae, clips)
         first = number % self._rounds * size.feed
         slots = slice(first, first + size.feed)
-        self._latents[slots] = ((mean.float() - self._mean) / self._std).to(torch.bfloat16)
+        self._latents[slots] = self._kit.clean(self._vae, mean.float()).to(torch.bfloat16)
         self._ids[slots] = caption_ids(self._tokenizer, captions(scenes)).to(self._device, non_blocking=True)
 
     def draw(self, batch: int, before: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random latents [batch, 16, t, h, w] and caption ids [batch, 24], of clips as fresh as they should be.
+        """Random latents [batch, ...], as the denoiser takes them, and caption ids [batch, 24], as fresh as need be.
 
         Args:
             batch: clips to draw.
@@ -86,11 +80,6 @@ class LatentPool:
         filled = min(wanted, self._rounds) * self._size.feed
         index = torch.randint(filled, (batch,), device=self._device, generator=generator)
         return self._latents[index].float(), self._ids[index]
-
-
-def clip_shift(tokens: int, default_tokens: int) -> float:
-    """How much more noise a clip's size needs in training, around the sampler's own shift at the default size."""
-    return FLOW_SHIFT * min(2.0, max(2 / 3, math.sqrt(tokens / default_tokens)))
 
 
 def drop_captions(ids: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:

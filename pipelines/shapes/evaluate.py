@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dit_accel.pipelines.shapes.models import decode_latents, latent_statistics, whole_clip_passes
-from dit_accel.pipelines.shapes.scenes import captions, held_out_scenes
+from dit_accel.pipelines.shapes.scenes import CLIPS, Language, captions, held_out_scenes
 from dit_accel.pipelines.shapes.verifier import ClipScore, score_clip
 
 _SHEET_FRAMES = 6
@@ -84,7 +84,7 @@ def sample_batches(
         yield from sample_clips(pipeline, texts[start : start + batch], setting, start, **options)
 
 
-def summarise(scores: list[ClipScore]) -> dict[str, float | int]:
+def summarise(scores: list[ClipScore], language: Language = CLIPS) -> dict[str, float | int]:
     """Shares of clips and of wanted objects that are right."""
     wanted = sum(score.wanted for score in scores)
     return {
@@ -92,7 +92,7 @@ def summarise(scores: list[ClipScore]) -> dict[str, float | int]:
         "clips_correct": round(sum(score.correct for score in scores) / len(scores), 4),
         "colours": round(sum(score.colours for score in scores) / wanted, 4),
         "shapes": round(sum(score.shapes for score in scores) / wanted, 4),
-        "motions": round(sum(score.motions for score in scores) / wanted, 4),
+        f"{language.trait}s": round(sum(score.traits for score in scores) / wanted, 4),
         "objects": round(sum(score.objects for score in scores) / wanted, 4),
         "clips_with_extra": sum(score.extra > 0 for score in scores),
     }
@@ -110,6 +110,22 @@ def contact_sheet(clips: list[np.ndarray], titles: list[str]) -> Image.Image:
             image = Image.fromarray((clip[frame] * 255 + 0.5).astype(np.uint8))
             sheet.paste(image, (column * (width + 2), index * row + _TEXT_HEIGHT))
     return sheet
+
+
+def append_record(record: dict[str, Any], out: Path) -> None:
+    """Adds a line to evaluation.jsonl and prints it."""
+    line = json.dumps(record)
+    print(line, flush=True)
+    with (out / "evaluation.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def load_pipeline(pipeline: type[DiffusionPipeline], folder: Path) -> Any:
+    """A saved pipeline, in bfloat16 on the GPU if there is one, without progress bars."""
+    cuda = torch.cuda.is_available()
+    loaded = pipeline.from_pretrained(folder, dtype=torch.bfloat16 if cuda else torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded.to("cuda" if cuda else "cpu")
 
 
 def evaluate(
@@ -139,10 +155,7 @@ def evaluate(
                 titles.append(f"{'right' if scores[-1].correct else 'wrong'}: {text}")
         record["one_object" if objects == 1 else "two_objects"] = summarise(scores)
     record["seconds"] = round(time.time() - start, 1)
-    line = json.dumps(record)
-    print(line, flush=True)
-    with (out / "evaluation.jsonl").open("a") as file:
-        file.write(line + "\n")
+    append_record(record, out)
     if sheet_name:
         contact_sheet(shown, titles).save(out / sheet_name)
     return record
@@ -164,11 +177,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25, help="default-size clips sampled at once")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    cuda = torch.cuda.is_available()
-    pipeline = WanPipeline.from_pretrained(args.pipeline, dtype=torch.bfloat16 if cuda else torch.float32)
-    pipeline.to("cuda" if cuda else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-
+    pipeline = load_pipeline(WanPipeline, args.pipeline)
     size = (192, 256, 25)
     counts = (args.one_object, args.two_objects)
     first = Setting(*size, args.steps[0], args.guidance[0])

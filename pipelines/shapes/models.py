@@ -1,7 +1,8 @@
-"""The parts of the embedded pipeline, small and untrained: tokenizer, text encoder, transformer, VAE, scheduler."""
+"""The parts of the embedded pipeline of clips, small and untrained, and how training calls them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,28 +10,16 @@ from typing import Any
 import diffusers.models.autoencoders.autoencoder_kl_wan as wan_vae
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
-from dit_accel.pipelines.shapes.scenes import WORDS
+from dit_accel.kernels.block_sparse.plan import Triple
+from dit_accel.pipelines.shapes.kit import SPATIAL_RATIO, Kit, build_tokenizer, pad_tokens
+from dit_accel.pipelines.shapes.scenes import CLIPS
 
 FLOW_SHIFT = 3.0
 LATENT_CHANNELS = 16
-SPATIAL_RATIO = 8
-TEMPORAL_RATIO = 4
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the captions, lower-cased, ended by ``</s>``; other words become ``<unk>``."""
-    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=512
-    )
+_DEFAULT_TOKENS = 5376  # of the default clip, 192x256x25
 
 
 def build_text_encoder() -> UMT5EncoderModel:
@@ -86,11 +75,19 @@ def build_vae() -> AutoencoderKLWan:
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    # A posterior as wide as the prior would drown the small latents of an untrained encoder in noise.
-    with torch.no_grad():
-        vae.quant_conv.bias[LATENT_CHANNELS:] = -6
-        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.2
+    narrow_posterior(vae.quant_conv)
     return vae
+
+
+@torch.no_grad()
+def narrow_posterior(moments: Any) -> None:
+    """Makes the posterior narrow that this layer of means, then log-variances, gives at first, in place.
+
+    One as wide as the prior would drown the small latents of an untrained encoder in noise.
+    """
+    channels = len(moments.bias) // 2
+    moments.bias[channels:] = -6
+    moments.weight[channels:] *= 0.2
 
 
 def build_pipeline(num_layers: int = 8) -> WanPipeline:
@@ -165,3 +162,48 @@ def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tens
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
+
+
+def record_statistics(vae: AutoencoderKLWan, mean: Tensor, std: Tensor) -> None:
+    """Writes mean and deviation [16] of the latents into the VAE's config."""
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def normalised(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Latents [B, 16, t, h, w] of mean 0 and deviation 1."""
+    mean, std = latent_statistics(vae, latents.device)
+    return (latents - mean) / std
+
+
+def embed(encoder: UMT5EncoderModel, ids: Tensor, length: int) -> Tensor:
+    """Text states [B, length, 128], zero where padded, as ``WanPipeline.encode_prompt`` makes them."""
+    mask = ids > 0
+    return pad_tokens(encoder(ids, mask.long()).last_hidden_state * mask[..., None], length)
+
+
+def conditions(pipeline: WanPipeline, ids: Tensor, length: int, grid: Triple) -> dict[str, Tensor]:
+    """The transformer's arguments besides latents and time."""
+    return {"encoder_hidden_states": embed(pipeline.text_encoder, ids, length)}
+
+
+def clip_shift(tokens: int) -> float:
+    """How much more noise a clip's size needs in training, around the sampler's own shift at the default size."""
+    return FLOW_SHIFT * min(2.0, max(2 / 3, math.sqrt(tokens / _DEFAULT_TOKENS)))
+
+
+KIT = Kit(
+    language=CLIPS,
+    pipeline=WanPipeline,
+    build=build_pipeline,
+    text_encoders=("text_encoder",),
+    passes=whole_clip_passes,
+    encode=encode_clips,
+    decode=decode_latents,
+    standardise=record_statistics,
+    latent_shape=lambda grid: (LATENT_CHANNELS, *grid),
+    clean=normalised,
+    embed=embed,
+    conditions=conditions,
+    shift=clip_shift,
+    last_time=1000.0,
+)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from dit_accel.pipelines.shapes.models import SPATIAL_RATIO, TEMPORAL_RATIO
+from dit_accel.kernels.block_sparse.plan import Triple
+from dit_accel.pipelines.shapes.kit import SPATIAL_RATIO, TEMPORAL_RATIO
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,13 @@ class ClipSize:
     two_objects: float
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns."""
+    def grid(self) -> Triple:
+        """Frames, rows and columns of tokens."""
         return (self.frames - 1) // TEMPORAL_RATIO + 1, self.height // SPATIAL_RATIO, self.width // SPATIAL_RATIO
 
     @property
     def tokens(self) -> int:
-        frames, rows, columns = self.latent_shape
-        return frames * rows * columns
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class DenoiserRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    num_layers: int
+    layers: tuple[int, ...]  # of the transformer, as the kit's ``build`` takes them
     vae: VaeRecipe
     denoiser: DenoiserRecipe
     check_every: int  # steps between looks at the clock
@@ -74,7 +75,7 @@ class Recipe:
 
 
 FULL = Recipe(
-    num_layers=8,
+    layers=(8,),
     vae=VaeRecipe(
         sizes=((64, 64, 9, 48), (128, 128, 9, 20), (128, 128, 17, 10), (192, 192, 9, 8)),
         first_share=0.35,
@@ -112,7 +113,7 @@ FULL = Recipe(
 
 # Every stage at toy size, for a processor: nothing is learnt.
 TINY = Recipe(
-    num_layers=2,
+    layers=(2,),
     vae=VaeRecipe(
         sizes=((32, 32, 5, 2), (64, 48, 5, 1)),
         first_share=0.5,

@@ -1,4 +1,4 @@
-"""Scenes to pixels: anti-aliased shapes on straight tracks over drifting textures, batched, on any device."""
+"""Scenes to pixels: anti-aliased shapes on straight tracks or at places, over textures, batched, on any device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.pipelines.shapes.scenes import BACKGROUNDS, COLOURS, MOTIONS, TEXTURES, Scenes
+from dit_accel.pipelines.shapes.scenes import BACKGROUNDS, COLOURS, IMAGES, MOTIONS, PLACES, TEXTURES, Scenes
 
 REACH = 1.15  # the farthest point of any shape from its centre, in radii
 _ATLAS_CELLS = 160
@@ -18,6 +18,7 @@ _ATLAS_EXTENT = 1.6
 _REFERENCE_SIDE = 192
 _CANDIDATES = 384
 _SMALLEST_SCALE = 0.5
+_OFF_MIDDLE, _NEAR_MIDDLE = (0.65, 1.0), (-0.15, 0.15)  # of the free range: along an axis that a place names, or not
 # Unit direction (x right, y down) of each motion; diagonal motion draws its two signs.
 _DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
 
@@ -100,12 +101,32 @@ def _displacement(motion: Tensor, height: int, width: int, generator: torch.Gene
     )
 
 
-def _candidate_centres(batch: int, generator: torch.Generator) -> Tensor:
-    """Centres in [-1, 1] of the free range, [K, B, 2 objects, 2 axes]: random ones, then every pair of a 3x3 grid."""
-    random = _uniform(-1, 1, (_CANDIDATES, batch, 2, 2), generator)
-    axis = torch.arange(-1.0, 2.0, device=generator.device)
-    grid = torch.cartesian_prod(axis, axis, axis, axis).view(-1, 1, 2, 2).expand(-1, batch, -1, -1)
-    return torch.cat([random, grid])
+def _motion(scenes: Scenes, height: int, width: int, time: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What happens to objects over the frames: their swelling [B, 2, T] and total displacement [B, 2, 2] in pixels."""
+    device = generator.device
+    still = torch.ones(len(scenes), 2, len(time), device=device)
+    if scenes.language is IMAGES:
+        return still, torch.zeros(len(scenes), 2, 2, device=device)
+    motion = scenes.trait.to(device)
+    growing, shrinking = ((motion == MOTIONS.index(name))[..., None] for name in ("growing", "shrinking"))
+    swell = 0.65 + 0.5 * time
+    swell = torch.where(growing, swell, torch.where(shrinking, swell.flip(0), still))
+    return swell, torch.stack(_displacement(motion, height, width, generator), -1)
+
+
+def _candidate_centres(scenes: Scenes, generator: torch.Generator) -> Tensor:
+    """Centres in [-1, 1] of the free range, [K, B, 2 objects, 2 axes]: random ones, then a grid of them.
+
+    In clips these are anywhere, and every pair of a 3x3 grid; in images around the objects' places, and right there.
+    """
+    shape, device = (_CANDIDATES, len(scenes), 2, 2), generator.device
+    if scenes.language is IMAGES:
+        places = torch.tensor(list(PLACES.values()), dtype=torch.float32, device=device)[scenes.trait.to(device)]
+        off, near = (_uniform(*bounds, shape, generator) for bounds in (_OFF_MIDDLE, _NEAR_MIDDLE))
+        return torch.cat([places * off + (places == 0) * near, places[None]])
+    axis = torch.arange(-1.0, 2.0, device=device)
+    grid = torch.cartesian_prod(axis, axis, axis, axis).view(-1, 1, 2, 2).expand(-1, len(scenes), -1, -1)
+    return torch.cat([_uniform(-1, 1, shape, generator), grid])
 
 
 def place_objects(scenes: Scenes, height: int, width: int, frames: int, generator: torch.Generator) -> Tracks:
@@ -115,18 +136,13 @@ def place_objects(scenes: Scenes, height: int, width: int, frames: int, generato
     the last candidates, a grid of the smallest objects, always hold one.
     """
     device, side = generator.device, min(height, width)
-    motion = scenes.motion.to(device)
     batch = len(scenes)
     # Objects grow more slowly than the frame, so that large clips have room and small ones stay legible.
     nominal = _uniform(0.165, 0.225, (batch, 2), generator) * side**0.75 * _REFERENCE_SIDE**0.25
     time = torch.linspace(0, 1, frames, device=device)
-    swell = 0.65 + 0.5 * time
-    growing = (motion == MOTIONS.index("growing"))[..., None]
-    shrinking = (motion == MOTIONS.index("shrinking"))[..., None]
-    swell = torch.where(growing, swell, torch.where(shrinking, swell.flip(0), torch.ones_like(swell)))  # [B, 2, T]
-    delta = torch.stack(_displacement(motion, height, width, generator), -1)  # [B, 2, 2]
+    swell, delta = _motion(scenes, height, width, time, generator)
 
-    centres = _candidate_centres(batch, generator)  # [K, B, 2, 2]
+    centres = _candidate_centres(scenes, generator)  # [K, B, 2, 2]
     scale = torch.linspace(1, _SMALLEST_SCALE, _CANDIDATES, device=device)
     scale = torch.cat([scale, scale.new_full((len(centres) - _CANDIDATES,), _SMALLEST_SCALE)])
     radius = nominal[..., None] * swell  # [B, 2, T]

@@ -1,6 +1,7 @@
-"""Trains the embedded pipeline from nothing to a stock WanPipeline folder.
+"""Trains an embedded pipeline from nothing: shapes to a stock WanPipeline folder, shapes-image to a FluxPipeline's.
 
     python -m dit_accel.pipelines.shapes.train --out outputs/shapes --seconds 900
+    python -m dit_accel.pipelines.shapes.train --model shapes-image --out outputs/image --vae-seconds 60 --seconds 280
     torchrun --nproc_per_node 2 -m dit_accel.pipelines.shapes.train --out outputs/shapes --seconds 900
 
 The VAE comes first, then the text encoder, then the denoiser.  ``--session-seconds`` ends this process early but
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 
-from dit_accel.pipelines.shapes.models import build_pipeline
+import dit_accel.pipelines.shapes_image.models as image_models
+import dit_accel.pipelines.shapes_image.recipe as image_recipe
+from dit_accel.pipelines.shapes import models, recipe
+from dit_accel.pipelines.shapes.kit import Kit
 from dit_accel.pipelines.shapes.optimisation import Clock, Journal, Workers
-from dit_accel.pipelines.shapes.recipe import FULL, TINY, Recipe
+from dit_accel.pipelines.shapes.recipe import Recipe
 from dit_accel.pipelines.shapes.train_denoiser import DenoiserTraining
 from dit_accel.pipelines.shapes.train_text import train_text_encoder
 from dit_accel.pipelines.shapes.train_vae import train_vae
@@ -33,14 +37,22 @@ from dit_accel.pipelines.shapes.transfer import join_folder, split_folder
 _SAVE_MARGIN = 6.0  # seconds at the end of a session for the last checkpoint
 
 
-def save_pipeline(pipeline: WanPipeline, folder: Path) -> None:
+MODELS = {  # kit, recipe, recipe of toy size
+    "shapes": (models.KIT, recipe.FULL, recipe.TINY),
+    "shapes-image": (image_models.KIT, image_recipe.FULL, image_recipe.TINY),
+}
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes a bfloat16 copy of the pipeline, loadable by transformers of before and after its tokenizers' renaming."""
-    modules: dict[str, Any] = {
-        name: torch.nn.Module.to(copy.deepcopy(getattr(pipeline, name)), "cpu", torch.bfloat16)
-        for name in ("text_encoder", "transformer", "vae")
+    parts: dict[str, Any] = {
+        name: torch.nn.Module.to(copy.deepcopy(part), "cpu", torch.bfloat16)
+        if isinstance(part, torch.nn.Module)
+        else part
+        for name, part in pipeline.components.items()
     }
-    WanPipeline(tokenizer=pipeline.tokenizer, scheduler=pipeline.scheduler, **modules).save_pretrained(folder)
-    for file in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+    type(pipeline)(**parts).save_pretrained(folder)
+    for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
@@ -60,19 +72,21 @@ class Checkpoints:
     def state(self) -> Path:
         return self.work / "state.pt"
 
-    def save(self, pipeline: WanPipeline, seconds: float) -> None:
+    def save(self, pipeline: DiffusionPipeline, seconds: float) -> None:
         """Saves the pipeline as it is and how long its denoiser has trained, in seconds."""
         save_pipeline(pipeline, self.pipeline)
         split_folder(self.pipeline, self.out, self.part_mib)
         (self.out / "progress.json").write_text(json.dumps({"denoiser_seconds": seconds}))
 
-    def save_training(self, training: DenoiserTraining, averaged: WanPipeline, clock: Clock) -> None:
+    def save_training(self, training: DenoiserTraining, averaged: DiffusionPipeline, clock: Clock) -> None:
         """Saves the full state, and the pipeline with averaged weights."""
         state = {"optimiser": training.optimiser.state_dict(), "denoiser_seconds": clock.spent}
         torch.save(state, self.state.with_suffix(".new"))
         self.state.with_suffix(".new").replace(self.state)
-        live = [*training.transformer.parameters(), *training.pipeline.text_encoder.parameters()]
-        targets = [*averaged.transformer.parameters(), *averaged.text_encoder.parameters()]
+        live, targets = (
+            [parameter for module in modules for parameter in module.parameters()]
+            for modules in (training.modules, training.kit.trained(averaged))
+        )
         averages = {id(p): a for p, a in zip(training.optimiser.parameters, training.optimiser.ema, strict=True)}
         with torch.no_grad():
             for target, parameter in zip(targets, live, strict=True):
@@ -87,15 +101,8 @@ class Checkpoints:
         return float(json.loads((resume / "progress.json").read_text())["denoiser_seconds"])
 
 
-def _prepare_vae(
-    pipeline: WanPipeline, recipe: Recipe, seconds: float, session_end: float, workers: Workers, journal: Journal
-) -> None:
-    clock = Clock(seconds, 0.0, session_end, workers)
-    train_vae(pipeline.vae, recipe, clock, workers, journal)
-    train_text_encoder(pipeline.text_encoder, pipeline.tokenizer, recipe.denoiser, workers, journal)
-
-
 def train(
+    kit: Kit,
     recipe: Recipe,
     checkpoints: Checkpoints,
     vae_seconds: float,
@@ -121,23 +128,26 @@ def train(
             spent = checkpoints.fetch(resume)
         workers.share_([agreed := torch.tensor([spent], device=workers.device)])
         spent = float(agreed)
-        pipeline = WanPipeline.from_pretrained(checkpoints.pipeline, dtype=torch.float32).to(workers.device)
+        pipeline = kit.pipeline.from_pretrained(checkpoints.pipeline, dtype=torch.float32).to(workers.device)
         pipeline.vae.eval().requires_grad_(False)
     else:
         checkpoints.state.unlink(missing_ok=True)
-        pipeline = build_pipeline(recipe.num_layers).to(workers.device)
-        _prepare_vae(pipeline, recipe, vae_seconds, session_end, workers, journal)
+        pipeline = kit.build(*recipe.layers).to(workers.device)
+        train_vae(kit, pipeline.vae, recipe, Clock(vae_seconds, 0.0, session_end, workers), workers, journal)
+        train_text_encoder(kit, pipeline, recipe.denoiser, workers, journal)
         if workers.first:
             checkpoints.save(pipeline, spent)
     averaged = copy.deepcopy(pipeline.to("cpu"))
     pipeline.to(workers.device)
     clock = Clock(seconds, spent, session_end, workers)
-    training = DenoiserTraining(pipeline, recipe, workers, journal)
+    training = DenoiserTraining(kit, pipeline, recipe, workers, journal)
     if resume and checkpoints.state.exists():
         state = torch.load(checkpoints.state, map_location=workers.device, weights_only=True)
         training.optimiser.load_state_dict(state["optimiser"])
     pipeline.transformer.train()
-    if compile_blocks and workers.device.type == "cuda":
+    if workers.device.type == "cuda":
+        pipeline.transformer.set_attention_backend(kit.gpu_attention)
+    if compile_blocks and kit.compiles and workers.device.type == "cuda":
         training.compile()
         journal.write("compiled", seconds=clock.spent - spent)
 
@@ -153,6 +163,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="shapes", help="the embedded pipeline (default shapes)")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and the pipeline's parts")
     parser.add_argument("--work", type=Path, default=Path("/tmp/dit_accel_shapes"), help="folder for the full state")
     parser.add_argument("--vae-seconds", type=float, default=115, help="time of the VAE stage")
@@ -163,8 +174,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="do not compile the transformer's blocks")
     parser.add_argument("--tiny", action="store_true", help="every stage at toy size: a check, nothing is learnt")
     args = parser.parse_args()
+    kit, full, tiny = MODELS[args.model]
     train(
-        TINY if args.tiny else FULL,
+        kit,
+        tiny if args.tiny else full,
         Checkpoints(args.work, args.out, args.split_mib),
         vae_seconds=args.vae_seconds,
         seconds=args.seconds,

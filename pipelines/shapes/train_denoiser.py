@@ -6,18 +6,18 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
+from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.pipelines.flow import flow_batch
-from dit_accel.pipelines.shapes.batches import LatentPool, clip_shift, drop_captions
-from dit_accel.pipelines.shapes.models import LATENT_CHANNELS
+from dit_accel.pipelines.shapes.batches import LatentPool, drop_captions
+from dit_accel.pipelines.shapes.kit import Kit, caption_ids
 from dit_accel.pipelines.shapes.optimisation import Clock, Journal, Optimiser, Workers
 from dit_accel.pipelines.shapes.recipe import ClipSize, DenoiserRecipe, Recipe
-from dit_accel.pipelines.shapes.train_text import caption_ids, embed
 
 SHORT_TEXT, LONG_TEXT = 32, 512
 _ATTENTION_TOKENS = 6000  # tokens at which attention costs as much as the rest of a step
@@ -53,53 +53,52 @@ def _learning_rate(recipe: DenoiserRecipe, steps: int, share: float) -> float:
 
 
 class DenoiserTraining:
-    """Everything that one training step of transformer and text encoder needs."""
+    """Everything that one training step of transformer and text encoders needs."""
 
-    def __init__(self, pipeline: WanPipeline, recipe: Recipe, workers: Workers, journal: Journal) -> None:
-        self.pipeline, self.recipe, self.workers, self.journal = pipeline, recipe, workers, journal
-        self.transformer: WanTransformer3DModel = pipeline.transformer
-        modules = {self.transformer: 1.0, pipeline.text_encoder: _TEXT_ENCODER_RATE}
+    def __init__(self, kit: Kit, pipeline: Any, recipe: Recipe, workers: Workers, journal: Journal) -> None:
+        self.kit, self.pipeline, self.recipe, self.workers, self.journal = kit, pipeline, recipe, workers, journal
+        self.modules = kit.trained(pipeline)
         groups = [
             {
                 "params": [p for p in module.parameters() if (p.ndim >= 2) == decayed],
                 "weight_decay": 0.02 * decayed,
-                "rate": rate,
+                "rate": 1.0 if module is pipeline.transformer else _TEXT_ENCODER_RATE,
             }
-            for module, rate in modules.items()
+            for module in self.modules
             for decayed in (True, False)
         ]
-        for module in modules:
+        for module in self.modules:
             workers.share_(parameter.data for parameter in module.parameters())
         self.optimiser = Optimiser(groups, workers, betas=(0.9, 0.98), ema_decay=0.999)
         empty = caption_ids(pipeline.tokenizer, [""])
         self._empty = empty.to(workers.device)
-        self._default_tokens = recipe.denoiser.sizes["default"].tokens
         self._pools: dict[str, LatentPool] = {}
         self._drawn: dict[str, int] = {}
         self._generator = torch.Generator(workers.device)
 
-    def loss(self, latents: Tensor, ids: Tensor, text_length: int) -> Tensor:
+    def loss(self, latents: Tensor, ids: Tensor, text_length: int, grid: Triple) -> Tensor:
         """Mean squared error of the predicted velocity."""
         ids = drop_captions(ids, self._empty, self._generator)
-        shift = clip_shift(latents[0, 0].numel(), self._default_tokens)
+        shift = self.kit.shift(math.prod(grid))
         with torch.autocast(latents.device.type, torch.bfloat16):
-            conditions = {"encoder_hidden_states": embed(self.pipeline.text_encoder, ids, text_length)}
-            batch = flow_batch(latents, shift, self._generator, conditions)
-            velocity = batch.predicted_by(self.transformer)
+            conditions = self.kit.conditions(self.pipeline, ids, text_length, grid)
+            batch = flow_batch(latents, shift, self._generator, conditions, self.kit.last_time)
+            velocity = batch.predicted_by(self.pipeline.transformer)
         return F.mse_loss(velocity, batch.velocity)
 
     def compile(self) -> None:
         """Compiles the transformer blocks for any shape; where the compiler fails, says so and stays eager."""
         torch._dynamo.config.cache_size_limit = 64  # all blocks share one compiled function
-        self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        transformer = self.pipeline.transformer
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
         try:
-            for shape, length in (((4, 3, 16, 16), SHORT_TEXT), ((3, 5, 20, 26), LONG_TEXT)):
-                latents = torch.randn(shape[0], LATENT_CHANNELS, *shape[1:], device=self.workers.device)
-                self.loss(latents, self._empty.expand(shape[0], -1), length).backward()
+            for batch, length, grid in ((4, SHORT_TEXT, (1, 16, 16)), (3, LONG_TEXT, (1, 20, 26))):
+                latents = torch.randn(batch, *self.kit.latent_shape(grid), device=self.workers.device)
+                self.loss(latents, self._empty.expand(batch, -1), length, grid).backward()
         except Exception as error:  # the compiler's failures have no common class
             print(f"training goes on without compilation: {type(error).__name__}: {str(error)[:500]}", flush=True)
-            for block in self.transformer.blocks:
-                block._compiled_call_impl = None
+            for module in transformer.modules():
+                module._compiled_call_impl = None
         self.optimiser.zero_gradients()
 
     def _draw(self, name: str, batch: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +106,7 @@ class DenoiserTraining:
             offset = 10 + list(self.recipe.denoiser.sizes).index(name) + 7 * self.optimiser.steps
             size, seed = self.recipe.denoiser.sizes[name], self.workers.seed(offset)
             parts = (self.pipeline.vae, self.pipeline.tokenizer)
-            self._pools[name] = LatentPool(size, *parts, seed, self.recipe.denoiser.reuse, self.workers.world)
+            self._pools[name] = LatentPool(self.kit, size, *parts, seed, self.recipe.denoiser.reuse, self.workers.world)
         drawn = self._drawn.get(name, 0)
         self._drawn[name] = drawn + batch
         return self._pools[name].draw(batch, drawn, self._generator)
@@ -117,7 +116,7 @@ class DenoiserTraining:
         batch = max(2, recipe.tokens_per_step // recipe.sizes[name].tokens)
         latents, ids = self._draw(name, batch)
         self.optimiser.zero_gradients()
-        loss = self.loss(latents, ids, text_length)
+        loss = self.loss(latents, ids, text_length, recipe.sizes[name].grid)
         loss.backward()
         self.optimiser.step(learning_rate)
         return loss.detach()

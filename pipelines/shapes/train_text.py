@@ -1,22 +1,25 @@
 """The text encoder's own training, on captions alone, before the denoiser's.
 
-Drawing two objects fails on binding: which shape and motion belong to which colour.  Every token of an object phrase
-learns to tell all three, and every token of the background its colour and texture, so the denoiser finds them bound.
+Drawing two objects fails on binding: which shape and motion (in images, place) belong to which colour.  Every token of
+an object phrase learns to tell all three, and every token of the background its colour and texture, so the denoiser
+finds them bound.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
+from dit_accel.pipelines.shapes.kit import CAPTION_TOKENS, Kit, caption_ids
 from dit_accel.pipelines.shapes.optimisation import Journal, Optimiser, Workers
 from dit_accel.pipelines.shapes.recipe import DenoiserRecipe
 from dit_accel.pipelines.shapes.scenes import (
     BACKGROUND_NAMES,
     COLOUR_NAMES,
-    MOTIONS,
     SHAPES,
     TEXTURES,
     Scenes,
@@ -24,33 +27,18 @@ from dit_accel.pipelines.shapes.scenes import (
     sample_scenes,
 )
 
-CAPTION_TOKENS = 24
 _IGNORED = -100
-_CLASSES = tuple(len(names) for names in (COLOUR_NAMES, SHAPES, MOTIONS, BACKGROUND_NAMES, TEXTURES))
-
-
-def caption_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Token ids [B, 24], padded with 0."""
-    ids: Tensor = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids
-    return ids
-
-
-def embed(encoder: UMT5EncoderModel, ids: Tensor, length: int) -> Tensor:
-    """Text states [B, length, 128], zero where padded, as ``WanPipeline.encode_prompt`` makes them."""
-    mask = ids > 0
-    states: Tensor = encoder(ids, mask.long()).last_hidden_state * mask[..., None]
-    return F.pad(states, (0, 0, 0, length - ids.shape[1]))
 
 
 def binding_targets(ids: Tensor, scenes: Scenes, tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:
-    """What each token must tell, [B, 24] for colour, shape, motion, background and texture; -100 where nothing."""
+    """What each token must tell, [B, 24] for colour, shape, trait, background and texture; -100 where nothing."""
     and_id, over_id = tokenizer.convert_tokens_to_ids(["and", "over"])
     behind = (ids == over_id).cumsum(1) > 0
     owner = (ids == and_id).cumsum(1)
     padding = ids == 0
     objects = [
         values.gather(1, owner).masked_fill(behind | padding, _IGNORED)
-        for values in (scenes.colour, scenes.shape, scenes.motion)
+        for values in (scenes.colour, scenes.shape, scenes.trait)
     ]
     background = [
         values[:, None].expand_as(ids).masked_fill(~behind | padding, _IGNORED)
@@ -60,15 +48,17 @@ def binding_targets(ids: Tensor, scenes: Scenes, tokenizer: PreTrainedTokenizerF
 
 
 def train_text_encoder(
-    encoder: UMT5EncoderModel,
-    tokenizer: PreTrainedTokenizerFast,
+    kit: Kit,
+    pipeline: Any,
     recipe: DenoiserRecipe,
     workers: Workers,
     journal: Journal,
 ) -> None:
-    """Trains the encoder in place; all workers end with the first one's weights."""
+    """Trains the first text encoder in place; all workers end with the first one's weights."""
+    encoder, tokenizer, traits = kit.trained(pipeline)[1], pipeline.tokenizer, kit.language.traits
+    classes = [len(names) for names in (COLOUR_NAMES, SHAPES, traits, BACKGROUND_NAMES, TEXTURES)]
     generator = torch.Generator().manual_seed(4)
-    heads = nn.Linear(encoder.config.d_model, sum(_CLASSES)).to(workers.device)
+    heads = nn.Linear(encoder.config.d_model, sum(classes)).to(workers.device)
     optimiser = Optimiser(
         [{"params": [*encoder.parameters(), *heads.parameters()], "weight_decay": 0.0}],
         workers,
@@ -77,10 +67,10 @@ def train_text_encoder(
     )
     loss = torch.zeros(())
     for step in range(recipe.text_steps):
-        scenes = sample_scenes(recipe.text_batch, 0.75, generator)
+        scenes = sample_scenes(recipe.text_batch, 0.75, generator, kit.language)
         ids = caption_ids(tokenizer, captions(scenes))
         targets = [target.to(workers.device) for target in binding_targets(ids, scenes, tokenizer)]
-        logits = heads(embed(encoder, ids.to(workers.device), CAPTION_TOKENS)).split(_CLASSES, -1)
+        logits = heads(kit.embed(encoder, ids.to(workers.device), CAPTION_TOKENS)).split(classes, -1)
         pairs = zip(logits, targets, strict=True)
         loss = torch.stack([F.cross_entropy(values.flatten(0, 1), target.flatten()) for values, target in pairs]).sum()
         optimiser.zero_gradients()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from dit_accel.pipelines.shapes.models import LATENT_CHANNELS, decode_latents, encode_clips, whole_clip_passes
+from dit_accel.pipelines.shapes.kit import Kit
 from dit_accel.pipelines.shapes.optimisation import Clock, Journal, Optimiser, Workers
 from dit_accel.pipelines.shapes.recipe import Recipe
 from dit_accel.pipelines.shapes.render import render
@@ -17,13 +18,13 @@ _WARMUP_STEPS = 60
 _TWO_OBJECTS = 0.5
 
 
-def _loss(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(kit: Kit, vae: Any, clips: Tensor) -> tuple[Tensor, Tensor]:
     """The training loss, and the mean squared error [] of the reconstruction."""
     with torch.autocast(clips.device.type, torch.bfloat16):
-        mean, logvar = encode_clips(vae, clips)
+        mean, logvar = kit.encode(vae, clips)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
         sampled = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        error = decode_latents(vae, sampled).float() - clips
+        error = kit.decode(vae, sampled).float() - clips
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     # Squared error keeps small bright objects, which absolute error alone, favouring the median, would drop.
@@ -36,8 +37,8 @@ def _psnr(squared: Tensor) -> Tensor:
     return -10 * torch.log10(squared / 4)
 
 
-def train_vae(vae: AutoencoderKLWan, recipe: Recipe, clock: Clock, workers: Workers, journal: Journal) -> None:
-    """Trains the VAE in place until the clock stops, and writes its latents' mean and deviation into its config."""
+def train_vae(kit: Kit, vae: Any, recipe: Recipe, clock: Clock, workers: Workers, journal: Journal) -> None:
+    """Trains the VAE in place until the clock stops, and tells it the mean and deviation of its latents."""
     settings = recipe.vae
     cpu, device = (torch.Generator(kind).manual_seed(workers.seed(1)) for kind in ("cpu", workers.device))
     torch.manual_seed(workers.seed(2))
@@ -45,7 +46,7 @@ def train_vae(vae: AutoencoderKLWan, recipe: Recipe, clock: Clock, workers: Work
         [{"params": list(vae.parameters()), "weight_decay": 0.0}], workers, betas=(0.9, 0.95), ema_decay=0.995
     )
     errors: list[Tensor] = []
-    with whole_clip_passes():
+    with kit.passes():
         while True:
             if optimiser.steps % recipe.check_every == 0:
                 clock.look()
@@ -53,9 +54,9 @@ def train_vae(vae: AutoencoderKLWan, recipe: Recipe, clock: Clock, workers: Work
                     break
             later = settings.sizes[1 + optimiser.steps % (len(settings.sizes) - 1)]
             height, width, frames, batch = settings.sizes[0] if clock.share < settings.first_share else later
-            clips = render(sample_scenes(batch, _TWO_OBJECTS, cpu), height, width, frames, device)
+            clips = render(sample_scenes(batch, _TWO_OBJECTS, cpu, kit.language), height, width, frames, device)
             optimiser.zero_gradients()
-            loss, squared = _loss(vae, clips)
+            loss, squared = _loss(kit, vae, clips)
             loss.backward()
             warm = min(1.0, (optimiser.steps + 1) / _WARMUP_STEPS)
             optimiser.step(settings.learning_rate * warm * max(0.01, min(1.0, (1 - clock.share) / 0.6)))
@@ -66,34 +67,35 @@ def train_vae(vae: AutoencoderKLWan, recipe: Recipe, clock: Clock, workers: Work
                 errors = []
         optimiser.use_ema()
         vae.eval().requires_grad_(False)
-        _measure(vae, recipe, workers, journal)
+        _measure(kit, vae, recipe, workers, journal)
 
 
 @torch.no_grad()
-def _measure(vae: AutoencoderKLWan, recipe: Recipe, workers: Workers, journal: Journal) -> None:
+def _measure(kit: Kit, vae: Any, recipe: Recipe, workers: Workers, journal: Journal) -> None:
     height, width, frames, batch = recipe.vae.evaluation
     cpu, device = (torch.Generator(kind).manual_seed(workers.seed(3)) for kind in ("cpu", workers.device))
-    moments = torch.zeros(2, LATENT_CHANNELS, device=workers.device)
-    squared, correct = [], 0
+    moments, squared, correct = [], [], 0
     for _ in range(recipe.vae.evaluation_batches):
-        scenes = sample_scenes(batch, _TWO_OBJECTS, cpu)
+        scenes = sample_scenes(batch, _TWO_OBJECTS, cpu, kit.language)
         clips = render(scenes, height, width, frames, device)
         with torch.autocast(workers.device.type, torch.bfloat16):
-            latents = encode_clips(vae, clips)[0]
-            decoded = decode_latents(vae, latents).float().clamp(-1, 1)
+            latents = kit.encode(vae, clips)[0]
+            decoded = kit.decode(vae, latents).float().clamp(-1, 1)
         latents = latents.float().transpose(0, 1).flatten(1)
-        moments += torch.stack([latents.mean(1), latents.square().mean(1)]) / recipe.vae.evaluation_batches
+        moments.append(torch.stack([latents.mean(1), latents.square().mean(1)]))
         squared.append((decoded - clips).square().mean((1, 2, 3, 4)))
         shown = ((decoded + 1) / 2).permute(0, 2, 3, 4, 1).cpu().numpy()
-        correct += sum(score_clip(clip, text).correct for clip, text in zip(shown, captions(scenes), strict=True))
-    mean, square = workers.average_(moments)
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=(square - mean.square()).sqrt().tolist())
+        pairs = zip(shown, captions(scenes), strict=True)
+        correct += sum(score_clip(clip, text, kit.language).correct for clip, text in pairs)
+    mean, square = workers.average_(torch.stack(moments).mean(0))
+    std = (square - mean.square()).sqrt()
+    kit.standardise(vae, mean, std)
     psnr = _psnr(torch.cat(squared))
     journal.write(
         "vae done",
         psnr=float(psnr.mean()),
         lowest_psnr=float(psnr.min()),
         verified=correct / (batch * recipe.vae.evaluation_batches),
-        latents_mean=[round(value, 3) for value in vae.config.latents_mean],
-        latents_std=[round(value, 3) for value in vae.config.latents_std],
+        latents_mean=[round(value, 3) for value in mean.tolist()],
+        latents_std=[round(value, 3) for value in std.tolist()],
     )

@@ -1,8 +1,8 @@
-"""Reads a clip back into the objects it shows, without being told the prompt, and scores it against a caption.
+"""Reads a picture back into the objects it shows, without being told the prompt, and scores it against a caption.
 
 Pixels near a palette colour form connected components in every frame.  The largest component of a colour is its
-object: its shape is the template it overlaps best over several frames, its motion follows from its centre and area.
-Other components of notable size are duplicates.
+object: its shape is the template it overlaps best over several frames, its motion follows from its centre and area,
+in an image its place from its centre.  Other components of notable size are duplicates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import numpy.typing as npt
 import torch.nn.functional as F
 
 from dit_accel.pipelines.shapes.render import shape_atlas
-from dit_accel.pipelines.shapes.scenes import COLOUR_NAMES, COLOURS, SHAPES, parse_caption
+from dit_accel.pipelines.shapes.scenes import (
+    CLIPS,
+    COLOUR_NAMES,
+    COLOURS,
+    IMAGES,
+    PLACES,
+    SHAPES,
+    Language,
+    parse_caption,
+)
 
 Array = npt.NDArray[Any]
 
@@ -33,15 +42,16 @@ _MINIMUM_OVERLAP = 0.60  # intersection over union with the best template
 _AREA_RATIO = 1.6  # last to first, for growing
 _STILL = 0.10  # of the short side: the net displacement of an object that does not travel
 _DIAGONAL = (24.0, 66.0)  # degrees from the horizontal
+_MIDDLE = 0.11  # of the frame's width or height: an object whose centre is within is at neither of its ends
 
 
 @dataclass(frozen=True)
 class SeenObject:
-    """An object read from a clip; a shape or motion that fits no word is None."""
+    """An object read from a picture; a shape or trait that fits no word is None."""
 
     colour: str
     shape: str | None
-    motion: str | None
+    trait: str | None
     duplicated: bool
 
 
@@ -57,15 +67,15 @@ class ClipReading:
 class ClipScore:
     """How a clip agrees with its caption.
 
-    ``wanted`` objects were asked for; of these ``colours`` are there, ``shapes`` and ``motions`` count those with the
-    right shape and motion, ``objects`` those with everything right.  ``extra`` counts what was not asked for: other
+    ``wanted`` objects were asked for; of these ``colours`` are there, ``shapes`` and ``traits`` count those with the
+    right shape and trait, ``objects`` those with everything right.  ``extra`` counts what was not asked for: other
     colours and duplicates.
     """
 
     wanted: int
     colours: int
     shapes: int
-    motions: int
+    traits: int
     objects: int
     extra: int
     reading: ClipReading
@@ -235,11 +245,18 @@ def _read_motion(found: _Components, largest: Array, side: int) -> str | None:
     return "moving diagonally"
 
 
-def read_clip(clip: Any) -> ClipReading:
+def _read_place(found: _Components, largest: Array, height: int, width: int) -> str | None:
+    along = (found.x[largest].mean() + 0.5) / width - 0.5, (found.y[largest].mean() + 0.5) / height - 0.5
+    sides = tuple(0 if abs(value) < _MIDDLE else round(math.copysign(1, value)) for value in along)
+    return next((place for place, where in PLACES.items() if where == sides), None)
+
+
+def read_clip(clip: Any, language: Language = CLIPS) -> ClipReading:
     """What a clip shows.
 
     Args:
         clip: array or CPU tensor [T, H, W, 3], uint8 or float in [0, 1] (what ``output_type="np"`` returns per clip).
+        language: ``IMAGES`` reads places, of the one frame or the mean of them.
 
     Raises:
         ValueError: on another shape or range.
@@ -268,7 +285,9 @@ def read_clip(clip: Any) -> ClipReading:
                 SeenObject(
                     colour=name,
                     shape=_read_shape(labels, found, largest, colour),
-                    motion=_read_motion(found, largest, min(height, width)),
+                    trait=_read_place(found, largest, height, width)
+                    if language is IMAGES
+                    else _read_motion(found, largest, min(height, width)),
                     duplicated=len(np.unique(found.frame[notable])) > _STRAY_SHARE * frames,
                 ),
             )
@@ -277,22 +296,22 @@ def read_clip(clip: Any) -> ClipReading:
     return ClipReading(tuple(item for _, item in seen), tuple(stray))
 
 
-def score_clip(clip: Any, caption: str) -> ClipScore:
+def score_clip(clip: Any, caption: str, language: Language = CLIPS) -> ClipScore:
     """Reads a clip and compares it with a caption.
 
     Args:
-        clip: as in ``read_clip``.
+        clip, language: as in ``read_clip``.
         caption: a caption that ``parse_caption`` understands.
 
     Raises:
         ValueError: when the clip or the caption cannot be read.
     """
-    wanted = parse_caption(caption)
-    reading = read_clip(clip)
+    wanted = parse_caption(caption, language)
+    reading = read_clip(clip, language)
     by_colour = {item.colour: item for item in reading.objects}
     pairs = [(want, by_colour[want.colour]) for want in wanted if want.colour in by_colour]
     shapes = [want.shape == seen.shape for want, seen in pairs]
-    motions = [want.motion == seen.motion for want, seen in pairs]
+    traits = [want.trait == seen.trait for want, seen in pairs]
     colours = {want.colour for want in wanted}
     duplicates = sum(item.duplicated for item in reading.objects if item.colour in colours)
     unwanted = len({item.colour for item in reading.objects} - colours) + len(set(reading.stray_colours) - colours)
@@ -300,8 +319,8 @@ def score_clip(clip: Any, caption: str) -> ClipScore:
         wanted=len(wanted),
         colours=len(pairs),
         shapes=sum(shapes),
-        motions=sum(motions),
-        objects=sum(shape and motion for shape, motion in zip(shapes, motions, strict=True)),
+        traits=sum(traits),
+        objects=sum(shape and trait for shape, trait in zip(shapes, traits, strict=True)),
         extra=duplicates + unwanted,
         reading=reading,
     )

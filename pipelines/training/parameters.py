@@ -20,7 +20,7 @@ def choose_parameters(denoiser: nn.Module, trained: Trained) -> list[nn.Paramete
         trained: "all", or "attention" for the modules whose attention a method can replace.
     """
     [(_, family)] = denoisers_of(denoiser)
-    attention = re.compile("|".join(rf"{target}\..*" for target in family.targets))
+    attention = re.compile("|".join(rf"{target}\..*" for target in family.targets + family.visual_targets))
     chosen = []
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(trained == "all" or attention.fullmatch(name) is not None)

@@ -9,9 +9,10 @@ from diffusers import WanPipeline
 
 from dit_accel.pipelines import seeds, shapes
 from dit_accel.pipelines.flow import FlowBatch, flow_batch
-from dit_accel.pipelines.shapes.batches import LatentPool, clip_shift, drop_captions
+from dit_accel.pipelines.shapes.batches import LatentPool, drop_captions
+from dit_accel.pipelines.shapes.kit import caption_ids
+from dit_accel.pipelines.shapes.models import KIT, clip_shift, embed
 from dit_accel.pipelines.shapes.recipe import FULL, ClipSize
-from dit_accel.pipelines.shapes.train_text import caption_ids, embed
 from dit_accel.pipelines.specs import find_spec
 from dit_accel.pipelines.training.task import Draw, Feed, Task
 
@@ -35,7 +36,7 @@ def feed(pipeline: WanPipeline, feed: Feed) -> Draw:
         height, width, frames, at_once, _BATCHES_KEPT * joint, _BATCHES_AT_FIRST * joint, _DEFAULT.two_objects
     )
     seed = feed.seed * feed.processes + feed.process
-    pool = LatentPool(size, pipeline.vae, pipeline.tokenizer, seed, FULL.denoiser.reuse, feed.processes)
+    pool = LatentPool(KIT, size, pipeline.vae, pipeline.tokenizer, seed, FULL.denoiser.reuse, feed.processes)
     empty = caption_ids(pipeline.tokenizer, [""]).to(feed.device)
 
     @torch.no_grad()
@@ -43,8 +44,7 @@ def feed(pipeline: WanPipeline, feed: Feed) -> Draw:
         generator = seeds.generator(feed.device, feed.seed, number)
         latents, ids = pool.draw(feed.batch, number // feed.processes * feed.batch, generator)
         text = embed(pipeline.text_encoder, drop_captions(ids, empty, generator), shapes.DEFAULT_TEXT_LENGTH)
-        shift = clip_shift(tokens, _DEFAULT.tokens)
-        return flow_batch(latents, shift, generator, {"encoder_hidden_states": text})
+        return flow_batch(latents, clip_shift(tokens), generator, {"encoder_hidden_states": text})
 
     return draw
 

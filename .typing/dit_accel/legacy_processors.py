@@ -1,0 +1,1 @@
+../../dit_accel/legacy_processors.py

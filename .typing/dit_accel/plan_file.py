@@ -1,0 +1,1 @@
+../../dit_accel/plan_file.py

@@ -1,0 +1,1 @@
+../../dit_accel/tuned_plan.py
