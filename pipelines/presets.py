@@ -79,6 +79,11 @@ PRESETS: dict[tuple[str, str], Preset] = {
         **_SHAPES,
         options={"density": 0.35, "start_percent": 4 / 16},
     ),
+    ("shapes", "dit_fast_attn"): Preset(
+        source="what dit-accel tune found here on two cores, in every block",
+        **_SHAPES,
+        options={"every": 2, "between": "reuse", "start_percent": 5 / 16},
+    ),
     ("shapes-image", "neighborhood"): Preset(
         source="chosen here for the embedded pipeline of images",
         **_SHAPES_IMAGE,

@@ -348,12 +348,20 @@ def test_nothing_is_shared_without_guidance(tiny: ModuleType, family: str) -> No
     assert torch.equal(*outputs)
 
 
-def test_the_fixed_schedule_is_a_full_step_in_every_few(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    band = BandAttnProcessor(share=0.1)
-    fixed = plan([0, 1, 1, 0, 1, 1], (FULL, Action(band, residual=True)))
-    pipe = pipeline(tiny, "wan")
+@pytest.mark.parametrize(
+    ("options", "rows", "action"),
+    [
+        ({"window": 0.1, "every": 3}, [0, 1, 1, 0, 1, 1], Action(BandAttnProcessor(share=0.1), residual=True)),
+        ({"between": "reuse", "every": 2, "start_percent": 0.5}, [0, 0, 0, 1, 0, 1], REUSE),
+    ],
+    ids=["residual", "reuse"],
+)
+def test_the_fixed_schedule_is_a_full_step_in_every_few(
+    tiny: ModuleType, options: dict[str, Any], rows: list[int], action: Action
+) -> None:
+    fixed, pipe = plan(rows, (FULL, action)), pipeline(tiny, "wan")
     outputs = []
-    for method in (DiTFastAttnProcessor(window=0.1, every=3), DiTFastAttnProcessor(assignment=fixed)):
+    for method in (DiTFastAttnProcessor(**options), DiTFastAttnProcessor(assignment=fixed)):
         dit_accel.apply(pipe, method)
         outputs.append(run(tiny, pipe, "wan"))
     assert torch.equal(*outputs)

@@ -20,6 +20,8 @@ ONLY_FULL = Assignment((FULL,), torch.zeros(4, 2, 1, dtype=torch.int16))
     ("options", "message"),
     [
         ({"every": 0}, "every must be at least 1 step, got 0"),
+        ({"between": "share"}, "between must be residual or reuse, got 'share'"),
+        ({"between": "reuse", "density": 0.5}, "density is of a window, got 0.5 with between='reuse'"),
         ({"keep": "disk"}, "keep must be one of device, cpu, 8bit, got 'disk'"),
         ({"max_age": 0}, "max_age must be at least 1 step or None, got 0"),
         ({"delta": "add"}, "delta corrects one method"),
@@ -27,7 +29,7 @@ ONLY_FULL = Assignment((FULL,), torch.zeros(4, 2, 1, dtype=torch.int16))
         ({"window": (1, 0, 1)}, "window"),
         ({"assignment": ONLY_FULL, "density": 0.5}, "density is of the fixed schedule's window"),
     ],
-    ids=["every", "keep", "max_age", "delta", "share", "box", "density"],
+    ids=["every", "between", "no window", "keep", "max_age", "delta", "share", "box", "density"],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -27,7 +27,7 @@ from dit_accel.methods.attention import PlannedAttention
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.embedded import EMBEDDED
 
-DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear")
+DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear", "dit_fast_attn")
 FPS = 12.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,6 +99,10 @@ class Assignment:
         shares = self.flags(self.table, lambda action: action.share)
         if bool((shares.any(-1) != shares.all(-1)).any()):
             raise ValueError("all heads of a layer share across guidance at a step, or none; got a layer with both.")
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.table.short().numpy().tobytes()).hexdigest()[:12]
+        return f"<{self.steps} steps of {self.blocks} blocks: {', '.join(map(str, self.actions))}; {digest}>"
 
     @property
     def steps(self) -> int:

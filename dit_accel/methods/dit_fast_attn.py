@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.actions import FULL, Action, Assignment, Course, course_of
+from dit_accel.methods.actions import FULL, REUSE, Action, Assignment, Course, course_of
 from dit_accel.methods.assigned import AssignedAttention
 from dit_accel.methods.band import BandAttnProcessor
 from dit_accel.methods.base import AttnMethod
@@ -24,13 +24,15 @@ class DiTFastAttnProcessor(AttnMethod):
     residual of the latest full step (WA-RS), sharing across guidance (ASC), the last output again (AST).
 
     ``dit-accel tune`` finds a plan for a model. Without one every ``every``-th step of a run is full and the steps
-    between take the window and the residual, in every layer.
+    between take the window and the residual, or the last output, in every layer.
 
     Args:
         assignment: the plan. Default None: the fixed schedule.
         window: of the fixed schedule: half-width of a band along the flattened grid as a share of its tokens, as
             published (default 1/8), or a window per axis (frame, row, column) as in ``neighborhood``.
         every: of the fixed schedule: steps from one full one to the next, at least 1. Default 4.
+        between: of the fixed schedule: the steps between take the window and its "residual" (default), or "reuse" the
+            layer's last output.
         keep: where tensors wait for later steps: on the "device" (default), on the "cpu" or in "8bit".
         max_age: steps that a kept tensor may serve before the layer is full again. Default None: any number.
         density: of the window of the fixed schedule.
@@ -45,6 +47,7 @@ class DiTFastAttnProcessor(AttnMethod):
     assignment: Assignment | None = None
     window: float | Triple = 0.125
     every: int = 4
+    between: Literal["residual", "reuse"] = "residual"
     keep: Keep = "device"
     max_age: int | None = None
 
@@ -52,6 +55,10 @@ class DiTFastAttnProcessor(AttnMethod):
         super().__post_init__()
         if self.every < 1:
             raise ValueError(f"every must be at least 1 step, got {self.every}.")
+        if self.between not in ("residual", "reuse"):
+            raise ValueError(f"between must be residual or reuse, got {self.between!r}.")
+        if self.between == "reuse" and self.density is not None:
+            raise ValueError(f"density is of a window, got {self.density} with between='reuse'; leave one out.")
         if self.keep not in KEEPS:
             raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {self.keep!r}.")
         if self.max_age is not None and self.max_age < 1:
@@ -75,18 +82,19 @@ class DiTFastAttnProcessor(AttnMethod):
 
     def methods(self) -> tuple[AttnMethod, ...]:
         """The sparse methods that the plan names."""
-        actions = [Action(self._window(), residual=True)] if self.assignment is None else self.assignment.actions
+        actions = (self._between(),) if self.assignment is None else self.assignment.actions
         return tuple(dict.fromkeys(action.method for action in actions if action.method is not None))
 
     def ideal_density(self, layout: TokenLayout) -> float:
-        """Of the fixed schedule's window, or 1 where a plan decides."""
-        return 1.0 if self.assignment is not None else self._window().ideal_density(layout)
+        """Of the fixed schedule's window, or 1 where there is none or a plan decides."""
+        window = None if self.assignment is not None else self._between().method
+        return 1.0 if window is None else window.ideal_density(layout)
 
     def options(self) -> dict[str, Any]:
         """As for every method; a plan by its actions."""
         options = super().options()
         if self.assignment is not None:
-            options["assignment"] = [str(action) for action in self.assignment.actions]
+            options["assignment"] = repr(self.assignment)
         return options
 
     def is_dense_at(self, *, block: int, step: int, num_steps: int, num_tokens: int) -> bool:
@@ -98,11 +106,15 @@ class DiTFastAttnProcessor(AttnMethod):
             return NeighborhoodAttnProcessor(window=self.window, density=self.density)
         return BandAttnProcessor(share=self.window, density=self.density)
 
+    def _between(self) -> Action:
+        """What the fixed schedule does between full steps."""
+        return REUSE if self.between == "reuse" else Action(self._window(), residual=True)
+
     def _assignment(self, num_steps: int, num_blocks: int) -> Assignment:
         """The plan, or the fixed schedule."""
         if self.assignment is None:
             table = (torch.arange(num_steps) % self.every > 0).short()[:, None, None]
-            return Assignment((FULL, Action(self._window(), residual=True)), table.repeat(1, num_blocks, 1))
+            return Assignment((FULL, self._between()), table.repeat(1, num_blocks, 1))
         if self.assignment.blocks != num_blocks:
             raise ValueError(
                 f"the plan is for {self.assignment.blocks} blocks, the model has {num_blocks}; tune one for this model."
