@@ -139,7 +139,7 @@ def _table(runs: Iterable[Any], steps: int) -> Tensor:
     rows: list[Any] = []
     for number, run in enumerate(runs):
         fields = fields_of(run, f"row {number} of the table", until=NUMBER, blocks=list)
-        end = round(fields["until"] * steps)
+        end = round(fields["until"] * steps) if 0 < fields["until"] <= 1 else 0
         if abs(fields["until"] * steps - end) > 1e-6 or not len(rows) < end <= steps:
             raise ValueError(f"row {number} of the table must end at a later one of {steps} steps, got {run['until']}")
         rows += [fields["blocks"]] * (end - len(rows))

@@ -277,7 +277,8 @@ class Denoiser:
         if kept:
             _say(f"{self.method.name} keeps up to {_size(kept)} from step to step{branch}")
         free = _free_bytes(hidden_states.device)
-        if free is not None and kept > free and attention.keeps_on_device:
+        needed = kept * len(self._latest) - self.kept_bytes  # both branches, once both have been called
+        if free is not None and needed > free and attention.keeps_on_device:
             raise ValueError(
                 f"{self.method.name} would keep {_size(kept)} from step to step{branch}, and "
                 f'{_size(free)} of the GPU are free; use keep="cpu", keep="8bit" or a plan that reuses less.'

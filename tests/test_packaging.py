@@ -116,8 +116,14 @@ def test_wheel_holds_exactly_the_checkout(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_is_smaller_than_30_megabytes(wheel: Path) -> None:
-    assert wheel.stat().st_size < 30e6
+def test_wheel_is_the_weights_of_two_embedded_pipelines_and_little_else(wheel: Path) -> None:
+    limits = {"shapes": 24e6, "shapes_image": 16e6}
+    weights = {
+        name: sum(file.stat().st_size for file in (ROOT / "pipelines" / name / "weights").rglob("*.*"))
+        for name in limits
+    }
+    assert all(weights[name] <= limit for name, limit in limits.items())
+    assert wheel.stat().st_size < 33e6
 
 
 @pytest.mark.slow

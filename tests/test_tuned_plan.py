@@ -28,7 +28,7 @@ ACTIONS = (
     Action(share=True),
     Action(BandAttnProcessor(share=0.1, tile=16), residual=True),
     Action(make_method("neighborhood", window=(1, 3, -1), density=None, delta="add"), share=True),
-    Action(make_method("draft", density=1 / 3, dense_blocks=(0, 3))),
+    Action(make_method("draft", density=1 / 3, region=(1, 4, 8))),
 )
 TABLE = torch.tensor([[[0], [2]], [[3], [1]], [[3], [1]], [[0], [4]], [[5], [1]]], dtype=torch.int16)
 

@@ -54,7 +54,9 @@ def sample(
     arguments = call_arguments(model, *requests) | {"output_type": "latent" if whole_clips else "np"}
     model.pipe.set_progress_bar_config(disable=True)
     with apply(model.pipe, method, backend=backend) as handle:
-        probing: AbstractContextManager[list[Discarded]] = handle.probing() if discarded else nullcontext([])
+        probing: AbstractContextManager[list[Discarded]] = (
+            handle.probing() if discarded and not method.whole_modules else nullcontext([])
+        )
         with probing as calls:
             output = model.pipe(**arguments)[0]
         tally = handle.tally

@@ -26,6 +26,7 @@ from dit_accel.methods.assigned import AssignedAttention
 from dit_accel.methods.attention import PlannedAttention
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.embedded import EMBEDDED
+from dit_accel.tuned_plan import method_for
 
 DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear", "dit_fast_attn")
 FPS = 12.0
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     model = load(options.model, options.device, options.dtype)
     request = model.request(options, options.prompt)
     layout = model.layout(request)
-    for method in methods:  # a method that cannot serve this size fails here, before any step
+    for method in methods:  # a method that cannot serve this model or size fails here, before any step
+        method_for(model.pipe, method)
         method.attention(layout)
     kinds = [method.name for method in methods]
     entries = [_entry(method, kinds.count(method.name) == 1, model, request, options) for method in methods]
@@ -92,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
     unknown = [entry.label for entry in entries[1:] if BY_HEAD not in records[entry.job.key]["quality"]]
     if options.discarded and unknown:
         print(
-            f"no discarded mass of {', '.join(unknown)}: all calls are dense, or the record is of a run without "
+            f"no discarded mass of {', '.join(unknown)}: all calls are dense, the method is a plan, "
+            f"or the record is of a run without "
             "--discarded; pass another --output."
         )
     return 0
@@ -135,7 +138,8 @@ def _frames(
     frames = _read(clip)
     reference = None if entry is dense else _read(options.output / "clips" / f"{dense.stem}.npz")
     quality = measure(frames, reference, [*METRICS]) | model.prompt_scores(frames, request.prompt)
-    mass = probe(model, request, entry.method, options.backend) if options.discarded and entry is not dense else None
+    probed = options.discarded and entry is not dense and not entry.method.whole_modules
+    mass = probe(model, request, entry.method, options.backend) if probed else None
     quality |= mass.scores() if mass else {}
     writer.append(
         make_record(

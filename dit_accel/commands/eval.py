@@ -247,7 +247,8 @@ def _write_summary(study: Study, model: Model, summaries: Sequence[MethodSummary
     unknown = [summary.label for summary in summaries[1:] if study.options.discarded and summary.discarded is None]
     if unknown:
         lines.append(
-            f"No discarded mass of {', '.join(unknown)}: all calls are dense, or the records are of a run without "
+            f"No discarded mass of {', '.join(unknown)}: all calls are dense, the method is a plan, "
+            f"or the records are of a run without "
             "--discarded; pass another --output."
         )
     measured = [(number, summary, mass) for number, summary in enumerate(summaries) if (mass := summary.discarded)]

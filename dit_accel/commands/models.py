@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from dit_accel.eval.quality import Score
 from dit_accel.eval.records import Job
 from dit_accel.eval.speed import StepClock, measure
 from dit_accel.layout import TokenLayout
+from dit_accel.methods import make_method
 from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.dit_fast_attn import DiTFastAttnProcessor
 from dit_accel.pipelines.embedded import EMBEDDED, Call, Embedded
 from dit_accel.pipelines.shapes.verifier import score_clip
 from dit_accel.pipelines.specs import ModelSpec, spec_of
@@ -145,15 +148,25 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Mode
     Raises:
         ValueError: a name that is none of these, or a pipeline that cannot be loaded or has no supported denoiser.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu.")
+    target = target_device(device)
     kind: torch.dtype = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
     if name in EMBEDDED:
         pipe = EMBEDDED[name].load(kind, target)
     else:
         pipe = _load_diffusers(name, kind).to(target)
     return Model(name, pipe, spec_of(pipe))
+
+
+def target_device(name: str | None) -> torch.device:
+    """The device of that name, or the one to take here.
+
+    Raises:
+        ValueError: a GPU where torch sees none.
+    """
+    target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu.")
+    return target
 
 
 def _load_diffusers(name: str, dtype: torch.dtype) -> Any:
@@ -213,7 +226,20 @@ def probe(model: Model, request: Request, method: AttnMethod, backend: Any) -> D
 
 
 def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) -> float:
-    """One denoising step at full size with the method on from the first; seconds, kernels and plan included."""
+    """One denoising step at full size with the method on from the first; seconds, kernels and tiles included.
+
+    Of a plan each method that it names, since a single step of it would be full.
+
+    Raises:
+        ValueError: a pipeline that calls back at no step.
+    """
+    if "callback_on_step_end" not in inspect.signature(model.pipe.__call__).parameters:
+        raise ValueError(
+            f"{type(model.pipe).__name__} calls back at no step, which timing needs; use dit_accel.apply in a script."
+        )
+    if isinstance(method, DiTFastAttnProcessor):
+        named = method.methods() or (make_method("dense"),)
+        return sum(warm_up(model, request, each, backend) for each in named)
     always = dataclasses.replace(method, start_percent=0.0, end_percent=1.0, dense_blocks=0)
     model.pipe.set_progress_bar_config(disable=True)
     clock = StepClock(model.device)

@@ -13,7 +13,7 @@ import torch
 
 from dit_accel.commands.arguments import add_settings
 from dit_accel.commands.eval import read_prompts
-from dit_accel.commands.models import Model, Request, call_arguments, generate, load, warm_up
+from dit_accel.commands.models import Model, Request, call_arguments, generate, load, target_device, warm_up
 from dit_accel.eval.machine import machine
 from dit_accel.eval.rates import matmul_rate
 from dit_accel.methods.base import AttnMethod
@@ -177,7 +177,9 @@ def _write(
     )
     plan.save(path)
     curve, picture = path.with_suffix(".curve.jsonl"), path.with_suffix(".curve.png")
-    write_curve(curve, found.curve, best, where | {"budget": str(budget), "model": model.name})
+    write_curve(
+        curve, found.curve, best, where | {"budget": None if budget is None else str(budget), "model": model.name}
+    )
     title = f"{model.name}, {facts.layout.num_tokens:,} tokens, {facts.steps} steps, {facts.device}"
     drawn = plot(picture, found.curve, best, found.dense_seconds, title)
     print(f"\n{table(found.curve, best, found.dense_seconds)}\n")
@@ -190,10 +192,12 @@ def _write(
 
 def _predict(options: argparse.Namespace, settings: Options) -> int:
     """What each candidate would give, from the model's shape."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = target_device(options.device)
     spec = SPECS[options.model] if options.model in SPECS else load(options.model, str(device), options.dtype).spec
     given = {name: getattr(options, name) for name in ("height", "width", "num_frames", "steps", "guidance")}
     size = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
+    if size["steps"] < 1:
+        raise ValueError(f"--steps must be at least 1, got {size['steps']}.")
     request = Request(prompt="", seed=options.seed, **size)
     facts = facts_of(spec, request, device, getattr(torch, options.dtype or _DTYPES[device.type]), options.backend)
     forwards = facts.calls * facts.batch * facts.steps

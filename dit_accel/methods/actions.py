@@ -37,6 +37,8 @@ class Action:
             raise ValueError(f"an action that reuses computes nothing, got {self}; leave the rest out.")
         if self.residual and self.method is None:
             raise ValueError("an action with a residual needs a sparse method to add it to, got none; name a method.")
+        if self.method is not None:
+            check_method(self.method)
 
     @property
     def full(self) -> bool:
@@ -51,6 +53,15 @@ class Action:
             options = ", ".join(f"{name}={value!r}" for name, value in self.method.options().items())
             attends = f"{self.method.name}({options})" if options else self.method.name
         return attends + "+residual" * self.residual + "+share" * self.share
+
+
+def check_method(method: AttnMethod) -> None:
+    """Raise a ValueError for a method that brings a schedule of its own into a plan, or none that is sparse."""
+    scheduled = [name for name in ("start_percent", "end_percent", "dense_blocks") if name in method.options()]
+    if method.whole_modules or method.name == "dense":
+        raise ValueError(f"a plan is made of sparse methods, got {method.name}; name actions such as full/reuse.")
+    if scheduled:
+        raise ValueError(f"a plan decides by itself when {method.name} runs, got {scheduled[0]}; leave it out.")
 
 
 FULL = Action()

@@ -67,6 +67,9 @@ class DiTFastAttnProcessor(AttnMethod):
             raise ValueError(f"delta corrects one method, got delta={self.delta!r} for a plan; give it to its methods.")
         if self.assignment is not None and self.density is not None:
             raise ValueError(f"density is of the fixed schedule's window, got {self.density} and a plan; leave one.")
+        fixed = sorted({"window", "every", "between"} & AttnMethod.options(self).keys())
+        if self.assignment is not None and fixed:
+            raise ValueError(f"{fixed[0]} is of the fixed schedule, got it with a plan; leave one out.")
         self._window()
 
     def bind(self, layout: TokenLayout, device: torch.device) -> AssignedAttention:

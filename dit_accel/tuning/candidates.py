@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import make_method, parse_method_call
-from dit_accel.methods.actions import FULL, REUSE, Action, Assignment
+from dit_accel.methods.actions import FULL, REUSE, Action, Assignment, check_method
 from dit_accel.methods.base import AttnMethod
 from dit_accel.tuning.runner import Facts
 
@@ -72,16 +72,7 @@ def parse_action(text: str) -> Action:
     if attends.strip() != "full":
         name, options = parse_method_call(attends)
         method = make_method(name, **options)
-        _check_method(method)
     return Action(method, residual="residual" in extras, share="share" in extras)
-
-
-def _check_method(method: AttnMethod) -> None:
-    scheduled = [name for name in ("start_percent", "end_percent", "dense_blocks") if name in method.options()]
-    if method.whole_modules or method.name == "dense":
-        raise ValueError(f"a plan is made of sparse methods, got {method.name}; name actions such as full/reuse.")
-    if scheduled:
-        raise ValueError(f"a plan decides by itself when {method.name} runs, got {scheduled[0]}; leave it out.")
 
 
 def parse_candidates(text: str) -> list[Candidate]:
@@ -94,7 +85,7 @@ def parse_candidates(text: str) -> list[Candidate]:
     """
     name = text.strip()
     if re.fullmatch(r"\w+", name) and name not in ("full", "reuse"):
-        _check_method(make_method(name))
+        check_method(make_method(name))
         return [Candidate((Action(make_method(name, density=density)),)) for density in DENSITIES]
     return [Candidate(tuple(map(parse_action, re.split(r"/(?![^(]*\))", text))))]
 

@@ -142,7 +142,7 @@ def explore(
 
 
 def best_of(points: Sequence[Point], budget: Budget) -> Point:
-    """The last of those that keep the quality, or the best of those within the time.
+    """The fastest of those that keep the quality, or the best of those within the time.
 
     Args:
         points: from the mildest to what is predicted to be the fastest.
@@ -183,7 +183,8 @@ def _check_needed(runner: Runner, budget: Budget, meter: Meter, groups: int, pro
 
 
 def _best(met: Sequence[int], points: Sequence[Point], budget: Budget) -> int:
-    return met[-1] if budget.of_quality else min(met, key=lambda number: _loss(points[number].measured))
+    measured = [point.measured for point in points]
+    return min(met, key=lambda n: measured[n].seconds if budget.of_quality else _loss(measured[n]))
 
 
 def _loss(measured: Measured) -> float:

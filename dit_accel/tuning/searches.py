@@ -25,7 +25,7 @@ def published(find: Callable[..., Searched], runner: Runner, options: Options, *
     runner.report(f"searched by {searched.forwards} forwards in {searched.seconds:.1f} s")
     meter = Meter(runner)
     meter.time_again()
-    point = meter.point(searched.assignment)
+    point = meter.timed_again(meter.point(searched.assignment))
     best = point if options.budget is None else best_of([point], options.budget)
     return Found(best, [point], meter.dense_seconds)
 

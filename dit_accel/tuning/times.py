@@ -79,10 +79,6 @@ class RunTimes:
     calls: int
     rest: float
 
-    def dense(self, steps: int) -> float:
-        """Seconds of a run with full attention."""
-        return self.rest + self.calls * steps * sum(layer.dense + layer.projections for layer in self.layers)
-
     def table(self, candidates: Sequence[Candidate], groups: Sequence[range]) -> Tensor:
         """Seconds of each choice, float64 [groups, blocks, candidates]; with ``rest`` they add up to a run."""
         rows: dict[tuple[int, int], list[float]] = {}  # blocks of one kind have one object
