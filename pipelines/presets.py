@@ -109,6 +109,11 @@ PRESETS: dict[tuple[str, str], Preset] = {
         **_SHAPES_IMAGE,
         options={"density": 0.2, "start_percent": 4 / 16},
     ),
+    ("shapes-image", "dit_fast_attn"): Preset(
+        source="chosen here for the embedded pipeline of images",
+        **_SHAPES_IMAGE,
+        options={"every": 2, "between": "reuse", "start_percent": 5 / 16},
+    ),
     ("shapes-image", "pyramid"): Preset(
         source="chosen here for the embedded pipeline of images",
         **_SHAPES_IMAGE,
