@@ -269,13 +269,14 @@ def install(
         attend: what answers their attention calls.
         around: what answers calls of the whole modules; None: the stock processors.
     """
-    targets = _targets(model, joint)
-    for block, module in enumerate(targets + _targets(model, visual)):
+    seeing_text = _targets(model, joint)
+    targets = seeing_text + _targets(model, visual)
+    for block, module in enumerate(targets):
         processor = module.processor
         # A processor without the attribute calls torch's own attention, whichever backend is active.
         backend = getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
-        module.processor = _wrap(processor, Layer(block, attend, backend, block >= len(targets), around))
-    return len(list(_wrapped_modules(model)))
+        module.processor = _wrap(processor, Layer(block, attend, backend, block >= len(seeing_text), around))
+    return len(targets)
 
 
 def uninstall(model: nn.Module) -> None:

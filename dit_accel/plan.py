@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,14 @@ def _touched_share(tiles: TileGrid, windows: AxisWindows, weights: list[Tensor])
         return shares[0] * float(rows @ within.double() @ columns)
     frame, row, column = shares
     return 1 - (1 - frame) * (1 - row) * (1 - column) if windows.union else frame * row * column
+
+
+Width = TypeVar("Width", int, Tensor)
+
+
+def pairs_within(size: int, width: Width) -> Width:
+    """Pairs among ``size`` places in a row at most ``width`` < size apart."""
+    return size + width * (2 * size - 1 - width)
 
 
 class _AxisTiles(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from dit_accel.kernels.block_sparse.plan import AxisWindows, BlockPlan
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import StaticMethod, largest_within
-from dit_accel.plan import plan_from_tile_mask
+from dit_accel.plan import pairs_within, plan_from_tile_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class BandAttnProcessor(StaticMethod):
 
     def ideal_density(self, layout: TokenLayout) -> float:
         """Share of the grid's pairs inside the band."""
-        return _banded(layout.visual_tokens, self._half_width(layout)) / layout.visual_tokens**2
+        return pairs_within(layout.visual_tokens, self._half_width(layout)) / layout.visual_tokens**2
 
     def _half_width(self, layout: TokenLayout) -> int:
         """w on ``layout``, at most the distance of its ends."""
@@ -80,10 +80,5 @@ class BandAttnProcessor(StaticMethod):
         count = -(-tokens // self.tile)
         reach = min(-(-width // self.tile), count - 1)  # tiles d apart have a gap of (d - 1) * tile + 1 tokens
         missing = count * self.tile - tokens  # of the last tile, which sees and is seen by reach + 1 tiles
-        pairs = _banded(count, reach) * self.tile**2 - missing * (2 * (reach + 1) * self.tile - missing)
+        pairs = pairs_within(count, reach) * self.tile**2 - missing * (2 * (reach + 1) * self.tile - missing)
         return pairs / tokens**2
-
-
-def _banded(size: int, width: int) -> int:
-    """Pairs among ``size`` places at most ``width`` < size apart."""
-    return size + width * (2 * size - 1 - width)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse.plan import BlockPlan
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import StaticMethod, largest_within
-from dit_accel.plan import plan_from_tile_mask
+from dit_accel.plan import pairs_within, plan_from_tile_mask
 
 # Frames are thinned out where the length scale falls below this many tokens, whatever the tile.
 DECIMATION = 128
@@ -86,7 +86,7 @@ class RadialAttnProcessor(StaticMethod):
         """Share of the grid's pairs that the token rule keeps."""
         frames, size = _frames(layout)
         widths = self._half_widths(layout, _cut(layout, self.tile)).clamp(max=size - 1)
-        banded = torch.where(widths < 0, 0, size + widths * (2 * size - 1 - widths))  # pairs with |k - l| <= w
+        banded = torch.where(widths < 0, 0, pairs_within(size, widths))  # pairs with |k - l| <= w
         distance = torch.arange(frames)
         frame_pairs = torch.where(distance == 0, frames, 2 * (frames - distance))
         pairs = int((frame_pairs * banded).sum())

@@ -19,23 +19,22 @@ from dit_accel.pipelines.shapes.scenes import CLIPS
 
 FLOW_SHIFT = 3.0
 LATENT_CHANNELS = 16
+TEXT_ENCODER: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
 _DEFAULT_TOKENS = 5376  # of the default clip, 192x256x25
 
 
 def build_text_encoder() -> UMT5EncoderModel:
     """A two-layer T5 encoder of width 128."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=64,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(**TEXT_ENCODER))
 
 
 def build_transformer(num_layers: int = 8) -> WanTransformer3DModel:

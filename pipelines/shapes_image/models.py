@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.pipelines.shapes.kit import Kit, build_tokenizer, pad_tokens
-from dit_accel.pipelines.shapes.models import narrow_posterior
+from dit_accel.pipelines.shapes.models import TEXT_ENCODER, narrow_posterior
 from dit_accel.pipelines.shapes.scenes import IMAGES
 
 LATENT_CHANNELS = 4
@@ -42,18 +42,7 @@ def build_clip_encoder() -> CLIPTextModel:
 
 def build_t5_encoder() -> T5EncoderModel:
     """A two-layer T5 encoder of width 128."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=64,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
+    return T5EncoderModel(T5Config(**TEXT_ENCODER))
 
 
 def build_transformer(num_layers: int = 2, num_single_layers: int = 5) -> FluxTransformer2DModel:
