@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import itertools
 import re
@@ -23,6 +24,7 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
 from torch import Tensor, nn
@@ -54,6 +56,7 @@ class Layer:
         dense_backend: the attention backend the user chose for it, None for diffusers' active one.
         visual: whether it sees the grid alone in a model whose other layers see text too.
         around: what answers calls of the whole module, projections included; None: the stock processor.
+        kernel: the attention backend of its dense calls while it is wrapped; None: the user's.
     """
 
     def __init__(
@@ -63,12 +66,14 @@ class Layer:
         dense_backend: AttentionBackendName | None,
         visual: bool = False,
         around: Around | None = None,
+        kernel: AttentionBackendName | None = None,
     ) -> None:
         self.block = block
         self.visual = visual
         self.attend = attend
         self.around = around
         self.dense_backend = dense_backend
+        self.kernel = kernel
         number = next(_NUMBERS)
         _LAYERS[number] = self
         # A tensor, because a compiled block is specialised on Python integers: one graph per layer.
@@ -76,12 +81,13 @@ class Layer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         attend, around = deepcopy((self.attend, self.around), memo)
-        return Layer(self.block, attend, self.dense_backend, self.visual, around)
+        return Layer(self.block, attend, self.dense_backend, self.visual, around, self.kernel)
 
     def dense(self, call: AttentionCall) -> Tensor:
-        """The call as diffusers would have made it."""
+        """The call as diffusers would have made it, by ``kernel`` where there is one."""
         query, key, value, mask, scale = call
-        out: Tensor = dispatch_attention_fn(query, key, value, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        backend = self.kernel or self.dense_backend
+        out: Tensor = dispatch_attention_fn(query, key, value, attn_mask=mask, scale=scale, backend=backend)
         return out
 
 
@@ -144,6 +150,47 @@ def _attention(
 
 
 _AttentionBackendRegistry.register(_BACKEND)(_attention)
+
+
+def _fa4_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """FlashAttention-4's dense kernel as its package has it; diffusers knows it only as a download from the hub."""
+    from flash_attn.cute import flash_attn_func
+
+    if attn_mask is not None:
+        raise ValueError("kernel='fa4' takes no attention mask and the model passed one; use kernel='_native_cudnn'.")
+    out: Tensor = flash_attn_func(query, key, value, softmax_scale=scale)[0]
+    return out
+
+
+_FA4 = _private_backend_name("fa4")
+_AttentionBackendRegistry.register(_FA4)(_fa4_attention)
+
+
+def dense_kernel(name: str | None) -> AttentionBackendName | None:
+    """The attention backend of that name: one of diffusers', or "fa4" where the package flash-attn-4 is installed.
+
+    None has none.
+
+    Raises:
+        ValueError: an unknown name, a backend that is not installed, or one that would be downloaded.
+    """
+    if name is None:
+        return None
+    if name == _FA4.value:
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            raise ValueError("kernel='fa4' needs the package flash-attn-4; pip install 'dit-accel[flash]'.")
+        return _FA4
+    known = [member.value for member in AttentionBackendName if not member.value.endswith("_hub")]
+    if name not in known:
+        raise ValueError(f"kernel must be fa4 or one of {', '.join(known)}, got {name!r}.")
+    backend = AttentionBackendName(name)
+    try:
+        _check_attention_backend_requirements(backend)
+    except RuntimeError as error:
+        raise ValueError(f"kernel={name!r} cannot run here: {error}") from error
+    return backend
 
 
 @torch.compiler.disable
@@ -260,6 +307,7 @@ def install(
     visual: tuple[str, ...],
     attend: Attend,
     around: Around | None = None,
+    kernel: str | None = None,
 ) -> int:
     """Put a wrapped processor on every target, those that see the grid alone last; returns how many there are.
 
@@ -268,14 +316,16 @@ def install(
         joint, visual: names of its targets.
         attend: what answers their attention calls.
         around: what answers calls of the whole modules; None: the stock processors.
+        kernel: name of the attention backend of dense calls; None: the user's.
     """
+    dense = dense_kernel(kernel)
     seeing_text = _targets(model, joint)
     targets = seeing_text + _targets(model, visual)
     for block, module in enumerate(targets):
         processor = module.processor
         # A processor without the attribute calls torch's own attention, whichever backend is active.
         backend = getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
-        module.processor = _wrap(processor, Layer(block, attend, backend, block >= len(seeing_text), around))
+        module.processor = _wrap(processor, Layer(block, attend, backend, block >= len(seeing_text), around, dense))
     return len(targets)
 
 

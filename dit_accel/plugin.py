@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.interception import check_targets, unwatch_runs, watch_runs
+from dit_accel.interception import check_targets, dense_kernel, unwatch_runs, watch_runs
 from dit_accel.kernels import BACKENDS
 from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.methods import METHODS
 from dit_accel.methods.base import AttnMethod
+from dit_accel.methods.dense import kernel_of
 from dit_accel.pipelines.families import denoisers_of
 from dit_accel.plan_file import names_plan
 from dit_accel.runtime import Denoiser, Discarded, Tally, binder, check_schedule, denoiser_of
@@ -122,6 +123,7 @@ def apply(pipe_or_model: Any, method: Applicable, *, backend: Backend = "auto", 
     is_model = isinstance(pipe_or_model, nn.Module)
     schedule = Schedule(None if is_model else pipe_or_model)
     check_schedule(method, schedule)
+    dense_kernel(kernel_of(method))
     models = denoisers_of(pipe_or_model)
     for model, family in models:
         check_targets(model, family.targets + family.visual_targets)

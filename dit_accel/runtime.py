@@ -20,6 +20,7 @@ from dit_accel.methods.assigned import AssignedAttention, Run, kept_tensors
 from dit_accel.methods.attention import AttnCall, AttnResult, BoundAttention, Memory, ModuleCall, Place
 from dit_accel.methods.base import AttnMethod
 from dit_accel.methods.correction import dense_anchors, discarded_mass
+from dit_accel.methods.dense import kernel_of
 from dit_accel.pipelines.families import Family
 from dit_accel.state import DenoisingState, Schedule, bind_arguments
 
@@ -175,7 +176,9 @@ class Denoiser:
             vars(model)["cache_context"] = _recording_cache_context.__get__(model)
         vars(model)[_ATTRIBUTE] = self
         around = self.around if self.method.whole_modules else None
-        self._num_blocks = install(model, self.family.targets, self.family.visual_targets, self.attend, around)
+        self._num_blocks = install(
+            model, self.family.targets, self.family.visual_targets, self.attend, around, kernel_of(self.method)
+        )
 
     def detach(self, model: nn.Module) -> None:
         """Leave ``model`` as it was found."""

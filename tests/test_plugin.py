@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import importlib.util
 import math
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from diffusers import (
     StableDiffusionPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 import dit_accel
+from dit_accel import interception
 from dit_accel.methods import METHODS
 from dit_accel.runtime import binder
 from dit_accel.state import scheduler_position
@@ -355,6 +359,46 @@ def test_unknown_denoisers_are_refused_with_the_known_ones() -> None:
     for given in (unknown, torch.nn.Linear(2, 2), "wan"):
         with pytest.raises(ValueError, match="WanTransformer3DModel, HunyuanVideoTransformer3DModel, FluxTransformer"):
             dit_accel.apply(given, "radial")
+
+
+@each_family
+def test_dense_attention_by_another_kernel(tiny: ModuleType, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline(family)
+    stock, before = tiny.run(pipe), anatomy(pipe.transformer)
+    registry, math_calls = interception._AttentionBackendRegistry, []
+    kernel = registry._backends[AttentionBackendName._NATIVE_MATH]
+
+    def counted(**arguments: Any) -> torch.Tensor:
+        math_calls.append(arguments)
+        return kernel(**arguments)
+
+    monkeypatch.setitem(registry._backends, AttentionBackendName._NATIVE_MATH, counted)
+    with dit_accel.apply(pipe, "dense", kernel="_native_math") as handle:
+        other = tiny.run(pipe)
+    assert handle.tally.dense_calls == handle.tally.calls == len(math_calls)
+    torch.testing.assert_close(other, stock, atol=1e-4, rtol=1e-4)
+    assert anatomy(pipe.transformer) == before
+    assert torch.equal(tiny.run(pipe), stock)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("cudnn", "kernel must be fa4 or one of .*_native_cudnn"),
+        ("flash_4_hub", "kernel must be"),
+        ("flash", "kernel='flash' cannot run here: .*flash-attn"),
+        ("fa4", "needs the package flash-attn-4"),
+    ],
+)
+def test_kernels_that_are_not_there_are_refused(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str, message: str
+) -> None:
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pipe = tiny.pipeline("wan")
+    with pytest.raises(ValueError, match=message):
+        dit_accel.apply(pipe, "dense", kernel=kernel)
+    assert not pipe.transformer._forward_pre_hooks
 
 
 def test_every_pipeline_has_the_method() -> None:
