@@ -26,8 +26,18 @@ COMMANDS = {
     ),
     "eval": Command(
         "eval",
-        "quality of many methods over many prompts, with intervals",
-        'dit-accel eval --method "radial(density=0.35)" --method grat --prompts 32',
+        "a suite of models, methods, settings, prompts and seeds: speed and quality beside dense attention",
+        "dit-accel eval smoke --dry-run",
+    ),
+    "score": Command(
+        "score",
+        "pictures or clips on disk against those that they should equal, file by file",
+        "dit-accel score outputs/dense outputs/radial --metric psnr --metric ssim --output scores.jsonl",
+    ),
+    "report": Command(
+        "report",
+        "one page, and tables, of what runs of suites measured",
+        "dit-accel report runs/smoke",
     ),
     "generate": Command(
         "generate",
@@ -50,6 +60,12 @@ COMMANDS = {
         'dit-accel train --task shapes --loss distill --train attention --method "grat(density=0.4)"',
     ),
     "bench": Command("bench", "speed of the operator and its peers, checked first", "dit-accel bench kernels --quick"),
+    "reproduce": Command(
+        "reproduce",
+        "make the records behind every table again, as far as this machine can, and then the tables",
+        "dit-accel reproduce --dry-run",
+    ),
+    "demo": Command("demo", "a page in the browser: dense and sparse attention side by side", "dit-accel demo"),
     "list": Command("inspect", "methods with their options, models and presets", "dit-accel list"),
     "doctor": Command("doctor", "what this machine can run, and what is missing", "dit-accel doctor"),
 }

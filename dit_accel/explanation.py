@@ -126,8 +126,9 @@ def explain_spec(
     num_frames: int | None = None,
     steps: int | None = None,
     device: str = "cpu",
+    measured: Rates | None = None,
 ) -> Explanation:
-    """``explain`` for a model known by its shape alone."""
+    """``explain`` for a model known by its shape alone; ``measured`` are the rates to predict by, if taken before."""
     steps = spec.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
@@ -145,7 +146,7 @@ def explain_spec(
         ideal = 1.0 if bound is None else layout.joint_density(method.ideal_density(layout))
         share = method.sparse_share(num_blocks=spec.num_blocks, num_steps=steps) if bound else 0.0
         left = Work(whole.projections, whole.dense * (1 - share), whole.dense * executed * share)
-    measured = _measure(method, spec.head_dim, device)
+    measured = measured or measure_rates(method, spec.head_dim, device)
     before = measured.seconds(matmul=rest, dense=whole.dense)
     spared = whole.projections - left.projections
     after = measured.seconds(matmul=rest - spared, dense=left.dense, sparse=left.sparse)
@@ -182,10 +183,10 @@ def _advice(speedup: float, attention_share: float, method: AttnMethod, dense_be
     return f"Attention takes {attention_share:.0%} of the dense time here; {method.name} pays off."
 
 
-def _measure(method: AttnMethod, head_dim: int, device: str) -> Rates:
+def measure_rates(method: AttnMethod, head_dim: int, device: str) -> Rates:
     """This machine's rates: of a method that chooses its keys, the choice included, or of the operator.
 
-    A plan stands for the first method that it names.
+    A plan stands for the first method that it names. All static methods have the same.
     """
     if isinstance(method, DiTFastAttnProcessor):
         method = next(iter(method.methods()), BandAttnProcessor())

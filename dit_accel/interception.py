@@ -155,13 +155,26 @@ _AttentionBackendRegistry.register(_BACKEND)(_attention)
 def _fa4_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """FlashAttention-4's dense kernel as its package has it; diffusers knows it only as a download from the hub."""
+    """FlashAttention-4's dense kernel as its package has it; diffusers knows it only as a download from the hub.
+
+    It takes no mask: keys that one hides at the end of the only sequence are cut off.
+    """
     from flash_attn.cute import flash_attn_func
 
-    if attn_mask is not None:
-        raise ValueError("kernel='fa4' takes no attention mask and the model passed one; use kernel='_native_cudnn'.")
-    out: Tensor = flash_attn_func(query, key, value, softmax_scale=scale)[0]
+    length = key.shape[1] if attn_mask is None else _valid_length(attn_mask)
+    out: Tensor = flash_attn_func(query, key[:, :length], value[:, :length], softmax_scale=scale)[0]
     return out
+
+
+def _valid_length(mask: Tensor) -> int:
+    """How many keys a mask shows, if it hides just the last ones of one sequence."""
+    length = int(mask.sum()) if mask.dtype == torch.bool else 0
+    if mask.shape != (1, 1, 1, mask.shape[-1]) or not length or not bool(mask[..., :length].all()):
+        raise ValueError(
+            f"kernel='fa4' takes a mask that hides the last keys of one sequence, got {mask.dtype} {list(mask.shape)}; "
+            "use kernel='native', or a batch of one."
+        )
+    return length
 
 
 _FA4 = _private_backend_name("fa4")
@@ -241,7 +254,7 @@ def _wrapped_class(stock: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._dit_accel_layer.around is None:
             return project_and_attend(self, *args, **kwargs)
-        return _around(self._dit_accel_layer, ModuleCall(project_and_attend, signature.bind(self, *args, **kwargs)))
+        return _around(self._dit_accel_layer, ModuleCall(project_and_attend, signature, (self, *args), kwargs))
 
     def set_dense_backend(self: Any, name: AttentionBackendName | None) -> None:
         if name is not _BACKEND:  # written back by code that saves and restores the attribute

@@ -9,17 +9,20 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dit_accel.interception import check_targets, dense_kernel, unwatch_runs, watch_runs
 from dit_accel.kernels import BACKENDS
 from dit_accel.kernels.block_sparse.backends import Backend
+from dit_accel.layout import TokenLayout
 from dit_accel.methods import METHODS
 from dit_accel.methods.base import AttnMethod
 from dit_accel.methods.dense import kernel_of
+from dit_accel.methods.fidelity import ProbedCall
 from dit_accel.pipelines.families import denoisers_of
 from dit_accel.plan_file import names_plan
-from dit_accel.runtime import Denoiser, Discarded, Tally, binder, check_schedule, denoiser_of
+from dit_accel.runtime import Denoiser, Tally, binder, check_schedule, denoiser_of
 from dit_accel.state import DenoisingState, Schedule
 from dit_accel.tuned_plan import Applicable, TunedPlan, method_for
 
@@ -52,6 +55,13 @@ class Handle:
         """What the method keeps at the moment for later steps: nothing between two runs."""
         return sum(denoiser.kept_bytes for _, denoiser in self._denoisers)
 
+    def prepare(self, layout: TokenLayout, device: torch.device) -> None:
+        """Make now what the method needs on a layout, which the first call would make, so that no timed run does."""
+        for _, denoiser in self._denoisers:
+            denoiser.bind(layout, device)
+            if denoiser.family.visual_targets:
+                denoiser.bind(layout.without_text(), device)
+
     @contextmanager
     def timing(self) -> Iterator[Tally]:
         """A tally of the calls within, timed: ``attention_seconds``, ``calls``, ``density``.
@@ -66,8 +76,10 @@ class Handle:
             self._tallies[:] = [other for other in self._tallies if other is not tally]
 
     @contextmanager
-    def probing(self) -> Iterator[list[Discarded]]:
-        """What each sparse call within leaves out of the softmax, per head; costs one dense query per query tile.
+    def probing(self) -> Iterator[list[ProbedCall]]:
+        """What each sparse call within leaves out of the softmax and gets wrong in its output, per head.
+
+        Costs one dense query per query tile.
 
         Raises:
             ValueError: a plan, which reuses what has no softmax of its own.
@@ -76,7 +88,7 @@ class Handle:
             raise ValueError(
                 f"{self.method.name} takes earlier outputs again, which no softmax tells; probe the methods it names."
             )
-        probe: list[Discarded] = []
+        probe: list[ProbedCall] = []
         self._probes.append(probe)
         try:
             yield probe
@@ -128,7 +140,7 @@ def apply(pipe_or_model: Any, method: Applicable, *, backend: Backend = "auto", 
     for model, family in models:
         check_targets(model, family.targets + family.visual_targets)
     restore(pipe_or_model)
-    tallies, probes, bind = [Tally()], list[list[Discarded]](), binder(method)
+    tallies, probes, bind = [Tally()], list[list[ProbedCall]](), binder(method)
     denoisers = [
         (model, Denoiser(method, family, bind, backend, schedule, tallies, probes)) for model, family in models
     ]

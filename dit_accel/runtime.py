@@ -17,10 +17,10 @@ from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.layout import TokenLayout
 from dit_accel.marks import Mark, mark, seconds_between
 from dit_accel.methods.assigned import AssignedAttention, Run, kept_tensors
-from dit_accel.methods.attention import AttnCall, AttnResult, BoundAttention, Memory, ModuleCall, Place
+from dit_accel.methods.attention import AttnCall, BoundAttention, Memory, ModuleCall, Place
 from dit_accel.methods.base import AttnMethod
-from dit_accel.methods.correction import dense_anchors, discarded_mass
 from dit_accel.methods.dense import kernel_of
+from dit_accel.methods.fidelity import ProbedCall, probed_call
 from dit_accel.pipelines.families import Family
 from dit_accel.state import DenoisingState, Schedule, bind_arguments
 
@@ -78,22 +78,6 @@ class Tally:
             self._spans.append(span)
 
 
-@dataclass(frozen=True, eq=False)
-class Discarded:
-    """What one sparse call left out.
-
-    Args:
-        step, block, branch: the call.
-        mass: softmax share of the keys that were left out, float32 [B, H, query groups] in [0, 1], as measured on one
-            query of each group.
-    """
-
-    step: int
-    block: int
-    branch: str | None
-    mass: Tensor
-
-
 Kind = tuple[str | None, int]  # guidance branch and batch of a call
 
 Binder = Callable[[TokenLayout, torch.device], BoundAttention | None]
@@ -146,7 +130,7 @@ class Denoiser:
         backend: the operator's backend.
         schedule: where the denoising step is read.
         tallies: what counts the calls, shared likewise.
-        probes: what collects the discarded mass of the calls, shared likewise.
+        probes: what collects measurements of the sparse calls, shared likewise.
         state: the call the model is in.
         peers: the other denoisers of the pipeline; what they keep is dropped when this one begins.
     """
@@ -157,7 +141,7 @@ class Denoiser:
     backend: Backend
     schedule: Schedule
     tallies: list[Tally]
-    probes: list[list[Discarded]]
+    probes: list[list[ProbedCall]]
     state: DenoisingState = field(default_factory=DenoisingState)
     peers: Sequence[Denoiser] = field(default=(), repr=False)
     # Of one run: what layers keep, by block and kind of call, and the step that each kind of call was at last. A kind
@@ -349,16 +333,10 @@ class Denoiser:
         with torch.autocast(call.query.device.type, enabled=False):  # q, k and v are cast; what is chosen by is float32
             result = attention.attend(method_call)
             if self.probes:
-                self._probe(layer, method_call, attention, result)
+                probed = probed_call(method_call, attention, result, state.branch)
+                for probe in self.probes:
+                    probe.append(probed)
         return result.out, result.density * (items / state.batch)  # one half of the batch may stand for both
-
-    @torch.no_grad()
-    def _probe(self, layer: Layer, call: AttnCall, attention: BoundAttention, result: AttnResult) -> None:
-        """Note what the call left out."""
-        assert result.lse is not None, "asked for"
-        mass = discarded_mass(dense_anchors(call, attention.layout, attention.groups()), result.lse)
-        for probe in self.probes:
-            probe.append(Discarded(call.place.step, layer.block, self.state.branch, mass))
 
     def _attention(self, layer: Layer, call: AttentionCall) -> BoundAttention | None:
         """The method for this call, None where it is dense; a call that does not fit is refused at any step."""

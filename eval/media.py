@@ -34,22 +34,45 @@ def write_mp4(path: str | os.PathLike[str], frames: Frames, fps: float = 16.0, c
         fps: frames per second. Default 16.
         crf: x264's constant rate factor, lower is better. Default 16, visually lossless.
     """
-    import imageio_ffmpeg  # type: ignore[import-untyped] # only files of clips need it, tables do not
-
     clip = as_uint8(frames)
     _, height, width, _ = clip.shape
     clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    # A key frame every 12 keeps scrubbing quick.
+    parameters = ["-crf", str(crf), "-g", "12", "-movflags", "+faststart", "-vf", _COLOURS]
+    _encode(path, clip, fps, "libx264", "yuv420p", parameters)
+
+
+def write_lossless_mp4(path: str | os.PathLike[str], frames: Frames, fps: float = 16.0) -> None:
+    """Writes an H.264 clip in RGB that decodes to the very same 8-bit frames; few browsers play it.
+
+    Args:
+        path: the file, replaced when it exists.
+        frames: [T, H, W, 3], floating in [0, 1] or uint8.
+        fps: frames per second. Default 16.
+    """
+    _encode(path, as_uint8(frames), fps, "libx264rgb", "rgb24", ["-qp", "0", "-preset", "ultrafast"])
+
+
+def _encode(
+    path: str | os.PathLike[str],
+    clip: np.ndarray[Any, np.dtype[np.uint8]],  # [T, H, W, 3]
+    fps: float,
+    codec: str,
+    pixel_format: str,
+    parameters: list[str],
+) -> None:
+    import imageio_ffmpeg  # type: ignore[import-untyped] # only files of clips need it, tables do not
+
     writer = imageio_ffmpeg.write_frames(
         str(path),
         (clip.shape[2], clip.shape[1]),
         fps=fps,
-        codec="libx264",
+        codec=codec,
         pix_fmt_in="rgb24",
-        pix_fmt_out="yuv420p",
+        pix_fmt_out=pixel_format,
         macro_block_size=1,
         quality=None,
-        # A key frame every 12 keeps scrubbing quick.
-        output_params=["-crf", str(crf), "-g", "12", "-movflags", "+faststart", "-vf", _COLOURS],
+        output_params=parameters,
     )
     writer.send(None)
     for frame in clip:

@@ -7,21 +7,24 @@ JSON has no infinity and no NaN. Inside ``timings``, ``quality`` and ``densities
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import IO, Any, Literal, TypedDict, cast
 
 from dit_accel.eval.machine import machine, source_version, versions
 from dit_accel.eval.quality.metrics import Score
+from dit_accel.eval.suite.schema import Suite, load_suite
 
 _NUMERIC = ("timings", "quality", "densities")
 _NON_FINITE = ("inf", "-inf", "nan")
+_ROLES = ("reference", "floor", "method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class Timings(TypedDict, total=False):
     runs: int  # timed runs
     warmup_runs: int
     peak_memory_bytes: int
+    clock_mhz: float  # of the GPU during the timed runs, median
+    power_w: float  # that it drew, median
 
 
 class Densities(TypedDict, total=False):
@@ -76,9 +81,20 @@ class Densities(TypedDict, total=False):
     run: float  # of the whole run, dense steps and layers included
 
 
-class Record(TypedDict):
-    """One line of a results file."""
+class Item(TypedDict):
+    """Where in a suite a record belongs."""
 
+    suite: str  # its name
+    setting: str  # name of the setting
+    label: str  # what ran, as tables call it; "dense" for the reference
+    role: Literal["reference", "floor", "method"]
+    prompt_list: str
+    prompt_hash: str  # of the whole list, not of this prompt
+    number: int  # place of the prompt in the list
+    seed: int  # the suite's; that of the record is the noise's
+
+
+class _Record(TypedDict):
     id: str  # the job's key
     method: str
     options: dict[str, Any]
@@ -99,6 +115,12 @@ class Record(TypedDict):
     created: str  # UTC, ISO 8601
 
 
+class Record(_Record, total=False):  # NotRequired is not seen where annotations are text
+    """One line of a results file."""
+
+    item: Item  # of a suite's records
+
+
 def make_record(
     job: Job,
     *,
@@ -106,9 +128,10 @@ def make_record(
     quality: Mapping[str, Score],
     densities: Densities,
     baseline: str | None = None,
+    item: Item | None = None,
 ) -> Record:
     """A record of a finished job, stamped with machine, versions, commit and time."""
-    return Record(
+    record = Record(
         id=job.key,
         method=job.method,
         options=dict(job.options),
@@ -128,6 +151,7 @@ def make_record(
         baseline=baseline,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return record if item is None else record | {"item": item}
 
 
 class RecordWriter:
@@ -135,15 +159,20 @@ class RecordWriter:
 
     Args:
         path: the file; it and its folder are made when missing.
+        beside: further files whose records count as finished.
+        locks: files that are locked for as long as the writer lives; made when missing.
 
     Raises:
-        ValueError: when a line of the existing file, other than an unfinished last one, is not a record.
+        ValueError: when a line of the existing file, other than an unfinished last one, is not a record, or when
+            another writer holds one of the locks.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], beside: Iterable[Path] = (), locks: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._finished = {record["id"] for record in read_records(self.path)} if self.path.exists() else set()
+        self._locks = [_locked(lock) for lock in locks]
+        files = {self.path, *beside}
+        self._finished = {record["id"] for file in files if file.exists() for record in read_records(file)}
 
     def finished(self, key: str) -> bool:
         """Whether a job of this key (``Job.key``) has its record."""
@@ -174,15 +203,78 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     return list(_parse(Path(path)))
 
 
+def read_run(folder: str | os.PathLike[str]) -> list[Record]:
+    """The records of a run of a suite, whatever processes wrote them, in the suite's order.
+
+    That is by model, setting, seed and prompt; of one sample the dense clip, the noise floors and the methods, several
+    of one method by their labels. Of two records of one id the earlier one counts.
+
+    Raises:
+        ValueError: a folder without ``suite.yaml`` or with a record that is of no suite.
+    """
+    if not (Path(folder) / "suite.yaml").is_file():
+        raise ValueError(f"{folder} is no run of a suite: it has no suite.yaml; pass the --output of a dit-accel eval.")
+    suite = load_suite(Path(folder) / "suite.yaml")
+    records: dict[str, Record] = {}
+    for path in sorted(Path(folder).glob("records*.jsonl")):
+        for record in read_records(path):
+            if "item" not in record:
+                raise ValueError(f"{path} has the record {record['id']} of no suite; move the file to another folder.")
+            first = records.setdefault(record["id"], record)
+            if record["created"] < first["created"]:
+                records[record["id"]] = record
+    return sorted(records.values(), key=lambda record: _place(record, records, suite))
+
+
+def _place(record: Record, records: Mapping[str, Record], suite: Suite) -> tuple[int | str, ...]:
+    item = record["item"]
+    model = records.get(record["baseline"] or "", record)["model"]  # a method may run in a pipeline of its own
+    methods = [method.partition("(")[0].partition("@")[0].strip() for method in suite.methods]
+    settings = [setting.name for setting in suite.settings]
+    return (
+        *_rank(model, suite.models),
+        *_rank(item["setting"], settings),
+        *_rank(item["seed"], suite.seeds),
+        item["number"],
+        _ROLES.index(item["role"]),
+        *_rank(record["method"], methods),
+        item["label"],
+        record["id"],
+    )
+
+
+def _rank(value: Any, known: Sequence[Any]) -> tuple[int, str]:
+    """Sorts what is not among the known behind them."""
+    return (known.index(value), "") if value in known else (len(known), str(value))
+
+
 def _parse(path: Path) -> Iterator[Record]:
     lines = path.read_bytes().split(b"\n")
     if not _is_json(lines[-1]):  # empty, or cut off by the end of its process
         lines.pop()
     for number, line in enumerate(lines, start=1):
         row = json.loads(line) if _is_json(line) else None
-        if not isinstance(row, dict) or not Record.__required_keys__ <= row.keys():
+        if not isinstance(row, dict):
             raise ValueError(f"line {number} of {path} is not a record, got {line[:60]!r}; remove that line.")
+        if missing := sorted(Record.__required_keys__ - row.keys()):
+            raise ValueError(
+                f"line {number} of {path} is not a record, it lacks {', '.join(missing)}; pass a file that dit-accel "
+                "compare or eval has written, or remove that line."
+            )
         yield cast(Record, row | {section: _from_json(row[section]) for section in _NUMERIC})
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked until it is closed or its process ends, however that ends."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another process is at work in {path.parent} (it holds {path.name}); wait for it or pass another --output."
+        ) from None
+    return file
 
 
 def _end_last_line(path: Path) -> None:

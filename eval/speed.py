@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -103,7 +103,7 @@ def measure(fn: Callable[[], object], warmup: int = 1, runs: int = 5, device: to
         torch.cuda.reset_peak_memory_stats(device)
     seconds = tuple(_time(fn, device) for _ in range(runs))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Timing(statistics.median(seconds), _iqr(seconds), seconds, warmup_seconds, peak)
+    return Timing(statistics.median(seconds), interquartile_range(seconds), seconds, warmup_seconds, peak)
 
 
 def measure_in_turns(
@@ -111,6 +111,7 @@ def measure_in_turns(
     *,
     rounds: int = 5,
     turn_seconds: float = 0.0,
+    warmup: int = 2,
     device: torch.device | str = "cpu",
     on_turn: Callable[[str, float, float], None] = lambda name, begin, end: None,
 ) -> dict[str, Timing]:
@@ -119,12 +120,14 @@ def measure_in_turns(
     The order turns around each round: a GPU at its power limit carries one kernel's heat into the next one's turn.
 
     On a GPU the L2 cache is overwritten before each turn, and meanwhile the host queues the calls: what is timed is the
-    device. Each callable runs twice before (compilation, tuning).
+    device. Each callable runs before (compilation, tuning).
 
     Args:
         fns: what to time, by name.
         rounds: turns of each callable; a turn's seconds are the mean of its calls. Default 5.
         turn_seconds: a turn is as many calls in a row as last this long, at least one. Default one call.
+        warmup: untimed runs of each before, of which the last one tells a call's seconds and memory. Default 2; with 0,
+            for what is warm already, turns are single calls and no peak memory is told.
         device: where the work happens.
         on_turn: is told each turn's name and its begin and end by ``time.time()``.
 
@@ -135,14 +138,16 @@ def measure_in_turns(
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
     device = torch.device(device)
     scratch = torch.empty(1 << 28 if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-    warmup, calls, peaks = {}, {}, {}
+    before, calls, peaks = dict.fromkeys(fns, 0.0), {}, {}
     for name, fn in fns.items():
-        first = _time(fn, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        second = _time(fn, device)
-        warmup[name], calls[name] = first + second, max(1, math.ceil(turn_seconds / max(second, 1e-6)))
-        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        latest = math.inf
+        for _ in range(warmup):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            latest = _time(fn, device)
+            before[name] += latest
+        calls[name] = max(1, math.ceil(turn_seconds / max(latest, 1e-6)))
+        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and warmup else None
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     for number in range(rounds):
         turns = list(fns.items())
@@ -152,7 +157,7 @@ def measure_in_turns(
             seconds[name].append(_time(fn, device, calls[name]))
             on_turn(name, begin, time.time())
     return {
-        name: Timing(statistics.median(runs), _iqr(tuple(runs)), tuple(runs), warmup[name], peaks[name])
+        name: Timing(statistics.median(runs), interquartile_range(runs), tuple(runs), before[name], peaks[name])
         for name, runs in seconds.items()
     }
 
@@ -163,6 +168,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def interquartile_range(seconds: Sequence[float]) -> float:
+    """Seconds between the first and the third quartile; 0 for one run."""
+    if len(seconds) == 1:
+        return 0.0
+    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return third - first
+
+
 def _time(fn: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Seconds of one of ``calls`` in a row, from when the device is done with what was queued before."""
     before = mark(device)
@@ -171,10 +184,3 @@ def _time(fn: Callable[[], object], device: torch.device, calls: int = 1) -> flo
     after = mark(device)
     synchronize(device)
     return seconds_between(before, after) / calls
-
-
-def _iqr(seconds: tuple[float, ...]) -> float:
-    if len(seconds) == 1:
-        return 0.0
-    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    return third - first

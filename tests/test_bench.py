@@ -15,9 +15,9 @@ from dit_accel.commands import bench
 from dit_accel.eval.bench import operators as peers
 from dit_accel.eval.bench.cases import Case, RandomLists, random_lists
 from dit_accel.eval.bench.operators import OPERATORS, Operator, e4m3_rounded, every_pair
-from dit_accel.eval.bench.power import Sample, during, parse
 from dit_accel.eval.bench.report import append, plot, read, table
 from dit_accel.eval.bench.run import TRAINING_FACTOR, Effort, Row, bench_case
+from dit_accel.eval.power import Sample, during, parse
 from dit_accel.eval.speed import measure_in_turns
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.block_sparse.inputs import Inputs

@@ -61,6 +61,16 @@ def test_a_crash_is_written_down_and_the_others_are_timed() -> None:
     assert dense["seconds"] is not None
 
 
+def test_all_methods_of_one_case_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = replace(SETTING, options={"density": 0.5})
+    assert changed.name == SETTING.name and changed.operator != SETTING.operator
+    monkeypatch.setattr(bench_methods, "CPU_SETTINGS", (SETTING, changed))
+    path = tmp_path / "methods.jsonl"
+    assert main(["bench", "methods", "--quick", "--output", str(path)]) == 0
+    operators = [json.loads(line)["operator"] for line in path.read_text().splitlines()]
+    assert {SETTING.operator, changed.operator} < {*operators}
+
+
 def test_every_setting_for_gpus_names_a_method_that_serves_its_layout() -> None:
     for setting in GPU_SETTINGS:
         if setting.layout.num_tokens < 100_000:

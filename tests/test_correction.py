@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dit_accel
 from dit_accel.kernels.block_sparse.dense_rows import dense_rows
 from dit_accel.kernels.block_sparse.plan import Triple
 from dit_accel.layout import TextPosition, TokenLayout
@@ -164,19 +162,6 @@ def test_gradients_flow_through_the_correction() -> None:
         return bound(layout, delta="add").attend(AttnCall(*tensors, backend="reference")).out
 
     assert torch.autograd.gradcheck(run, (q, k, v))
-
-
-def test_a_probe_collects_every_sparse_call_of_a_run(tiny: ModuleType) -> None:
-    pipe = tiny.pipeline("wan")
-    handle = dit_accel.apply(pipe, tiny.Tiles(everything=False), start_percent=0.5)
-    with handle.probing() as probe:
-        tiny.run(pipe)
-    sparse = handle.tally.sparse_calls
-    assert len(probe) == sparse > 0
-    assert {(call.block, call.branch) for call in probe} == {(0, "cond"), (1, "cond"), (0, "uncond"), (1, "uncond")}
-    assert all(call.mass.min() >= 0 and call.mass.max() <= 1 for call in probe)
-    tiny.run(pipe)
-    assert len(probe) == sparse
 
 
 def test_an_unknown_correction_is_refused() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.eval.frames import as_float, as_uint8
-from dit_accel.eval.quality import METRICS, Metric, difference_map, measure, prompt_accuracy
+from dit_accel.eval.quality import METRICS, Metric, Score, difference_map, make_metric, measure, prompt_accuracy
 
+torchmetrics = pytest.importorskip("torchmetrics.functional.image", reason="an oracle")
 structural_similarity = pytest.importorskip("skimage.metrics", reason="the oracle").structural_similarity
 
 
@@ -37,6 +38,15 @@ def test_identical_clips_have_no_error_and_infinite_psnr() -> None:
     assert scores["psnr"].values == (math.inf,) * 3
     assert scores["ssim"].value == pytest.approx(1, abs=1e-12)
     assert scores["flicker_gap"].value == 0
+    assert scores["motion_gap"].value == 0
+    assert scores["border"].skipped == "border needs clips that differ, these are identical."
+
+
+def test_black_against_grey_is_not_identical() -> None:
+    scores = measure(np.full((1, 24, 24, 3), 128, np.uint8), np.zeros((1, 24, 24, 3), np.uint8))
+    assert scores["psnr"].value == pytest.approx(20 * math.log10(255 / 128))
+    assert scores["ssim"].value == pytest.approx(0, abs=1e-3)
+    assert scores["border"].value == pytest.approx(1)
 
 
 def test_flat_100_against_black_has_psnr_8_13() -> None:
@@ -71,6 +81,29 @@ def test_ssim_agrees_with_scikit_image(size: tuple[int, int]) -> None:
     assert score.value == pytest.approx(np.mean(expected), abs=1e-6)
 
 
+@pytest.mark.parametrize(("size", "amount"), [((176, 176), 0.4), ((181, 199), 0.02)], ids=str)
+def test_psnr_ssim_and_ms_ssim_agree_with_torchmetrics(size: tuple[int, int], amount: float) -> None:
+    target = clip(1, *size)
+    other = noisy(target, amount)
+    scores = measure(other, target, ["psnr", "ssim", "ms_ssim"])
+    planes = [
+        (x.movedim(-1, 0)[None].double(), y.movedim(-1, 0)[None].double()) for x, y in zip(other, target, strict=True)
+    ]
+    psnr = torchmetrics.peak_signal_noise_ratio(other, target, data_range=1.0)
+    assert scores["psnr"].value == pytest.approx(float(psnr), rel=1e-5)
+    # It reflects frames at their edges; windows that lie wholly inside are ours.
+    maps = [
+        torchmetrics.structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)[1]
+        for pair in planes
+    ]
+    inside = [float(values[..., 5:-5, 5:-5].mean()) for values in maps]
+    np.testing.assert_allclose(scores["ssim"].values, inside, atol=1e-6)
+    expected = [
+        float(torchmetrics.multiscale_structural_similarity_index_measure(*pair, data_range=1.0)) for pair in planes
+    ]
+    np.testing.assert_allclose(scores["ms_ssim"].values, expected, atol=1e-6)
+
+
 def test_flicker_is_the_mean_step_between_frames_and_the_gap_compares_it() -> None:
     still = torch.zeros(4, 8, 8, 3)
     ramp = torch.linspace(0, 0.6, 4).view(4, 1, 1, 1).expand(4, 8, 8, 3)
@@ -81,7 +114,7 @@ def test_flicker_is_the_mean_step_between_frames_and_the_gap_compares_it() -> No
     assert measure(still, ramp, ["flicker_gap"])["flicker_gap"].value == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("name", ["mse", "psnr", "ssim"])
+@pytest.mark.parametrize("name", ["mse", "psnr", "ssim", "motion_gap"])
 def test_more_noise_scores_worse(name: str) -> None:
     target = clip()
     values = [measure(noisy(target, amount), target, [name])[name].value or 0 for amount in (0.01, 0.03, 0.1, 0.3)]
@@ -95,6 +128,18 @@ def test_uint8_and_float_clips_score_the_same() -> None:
     from_floats = measure(torch.from_numpy(other).double() / 255, target / np.float32(255))
     for name in METRICS:
         assert from_bytes[name].values == pytest.approx(from_floats[name].values, rel=1e-5)
+
+
+def test_bfloat16_and_float32_clips_score_the_same() -> None:
+    target, other = clip().bfloat16(), noisy(clip(), 0.1).bfloat16()
+    assert measure(other, target) == measure(other.float(), target.float())
+
+
+def test_scores_are_the_same_whenever_they_are_taken() -> None:
+    target, others = clip(), [noisy(clip(), amount) for amount in (0.02, 0.1)]
+    forwards = [measure(other, target) for other in others]
+    backwards = [measure(other, target, [*reversed(METRICS)]) for other in reversed(others)]
+    assert forwards == backwards[::-1]
 
 
 def test_uint8_survives_the_way_to_float_and_back() -> None:
@@ -194,9 +239,36 @@ def test_ms_ssim_is_one_for_identical_clips_and_falls_with_noise() -> None:
     assert scores[0] > scores[1] > scores[2]
 
 
-def test_metrics_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_run_say_why() -> None:
     small = torch.zeros(1, 32, 32, 3)
     assert "sides of at least 176, got [32, 32]" in str(measure(small, small, ["ms_ssim"])["ms_ssim"].skipped)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    large = torch.zeros(1, 176, 176, 3)
-    assert "pip install 'dit-accel[eval]'" in str(measure(large, large, ["ms_ssim"])["ms_ssim"].skipped)
+    absent = Metric(
+        "m", False, None, "", lambda frames, _: frames.mean(), dependencies=("torch", "no_such", "nor_this")
+    )
+    reason = "m needs no_such and nor_this: pip install 'dit-accel[eval]'."
+    assert measure(small, metrics=[absent])["m"] == Score(None, skipped=reason)
+
+
+def test_every_metric_says_what_its_parts_are_of() -> None:
+    target = clip()
+    for name, score in measure(noisy(target, 0.1), target).items():
+        frames = len(target) + 1 - METRICS[name].min_frames
+        if METRICS[name].scope == "frame" and not score.skipped:
+            assert len(score.values) == frames
+    assert {metric.name for metric in METRICS.values() if metric.scope == "clip"} == {"border"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("psrn", {}, "metric must be one of mse, psnr, .* got 'psrn'"),
+        ("psnr", {"peak": 255}, "metric psnr takes no options, got peak"),
+        ("seam", {}, "metric seam .* missing a required argument: 'tile'"),
+        ("seam", {"tile": (1, 8, 8), "tiles": 2}, "unexpected keyword argument 'tiles'"),
+        ("border", {"width": 0}, "at least 1 pixel, got 0"),
+    ],
+    ids=["unknown", "no options", "missing", "unknown option", "refused"],
+)
+def test_metrics_by_name_are_refused_in_one_sentence(name: str, options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_metric(name, options)

@@ -128,13 +128,21 @@ def test_a_line_that_lacks_only_its_newline_counts(path: Path) -> None:
     assert [row["seed"] for row in read_records(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{broken", '{"id": "only"}', "3"])
-def test_a_broken_line_elsewhere_is_reported_by_number(path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{broken", "got b'{broken'; remove"),
+        ("3", "got b'3'; remove"),
+        ('{"id": "only"}', "it lacks baseline, commit, created, .*, versions; pass a file"),
+    ],
+    ids=["cut", "a number", "without keys"],
+)
+def test_a_broken_line_elsewhere_is_reported_by_number(path: Path, line: str, why: str) -> None:
     writer = RecordWriter(path)
     writer.append(record(1))
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"line 2 of .* is not a record"):
+    with pytest.raises(ValueError, match=rf"line 2 of .* is not a record, {why}"):
         read_records(path)
 
 

@@ -131,7 +131,7 @@ def test_everything_that_moves_or_is_seen_has_a_label(video_page: Page) -> None:
 def test_page_of_images_has_no_player(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path, report(frames=1)))
     assert page.all("video") == []
-    assert 'id="play"' not in page.source
+    assert 'class="player"' not in page.source
     assert "50 × 34" in page.text
 
 

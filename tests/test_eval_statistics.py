@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import PermutationMethod, wilcoxon
 
 from dit_accel.eval import statistics
-from dit_accel.eval.statistics import Interval, bootstrap_interval, compare, signed_rank_p, summarise
+from dit_accel.eval.statistics import Interval, bootstrap_interval, compare, per_prompt, signed_rank_p, summarise
 
 
 def test_summary_of_one_to_a_hundred() -> None:
@@ -41,6 +42,13 @@ def test_interval_takes_any_statistic_and_repeats_itself() -> None:
     assert bootstrap_interval(scores, np.max).high == scores.max()
 
 
+def test_interval_does_not_depend_on_how_many_values_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.arange(30.0) ** 2
+    whole = bootstrap_interval(scores)
+    monkeypatch.setattr(statistics, "_DRAWN", 1000)  # 34 resamples at once, which does not divide their number
+    assert bootstrap_interval(scores) == whole
+
+
 def test_intervals_cover_the_true_mean_as_often_as_they_say() -> None:
     draws = np.random.default_rng(2).normal(3, 2, size=(400, 40))
     intervals = [bootstrap_interval(scores, resamples=1000, seed=number) for number, scores in enumerate(draws)]
@@ -65,6 +73,30 @@ def test_intervals_cover_the_true_mean_as_often_as_they_say() -> None:
 def test_signed_rank_p_by_hand(differences: list[float], p: float) -> None:
     assert signed_rank_p(differences) == pytest.approx(p, rel=1e-12)
     assert signed_rank_p([-difference for difference in differences]) == signed_rank_p(differences)
+
+
+def test_means_of_thirds_tie_as_scipy_ties_them_when_rounded() -> None:
+    """Accuracies are thirds; their means over seeds, and differences of these, are equal up to the last bits only."""
+    draw, every_sign = np.random.default_rng(6), PermutationMethod(n_resamples=np.inf)
+    split = 0
+    for _ in range(20):
+        ours, theirs = ([np.mean(scores) for scores in draw.integers(0, 4, size=(11, 7)) / 3] for _ in range(2))
+        differences = np.subtract(ours, theirs)
+        rounded = differences.round(9)
+        split += len(np.unique(np.abs(differences))) > len(np.unique(np.abs(rounded)))
+        expected = wilcoxon(rounded[rounded != 0], method=every_sign).pvalue
+        assert signed_rank_p(differences) == pytest.approx(expected, rel=1e-9)
+        assert compare(ours, theirs).p_value == pytest.approx(expected, rel=1e-9)
+    assert split > 10
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_rounding_is_no_difference_at_any_scale(unit: float) -> None:
+    first, second = per_prompt({("a", 0): 0.3 * unit}), per_prompt({("a", 0): 0.1 * unit, ("a", 1): 0.5 * unit})
+    assert compare([0.1 * unit + 0.2 * unit], [0.3 * unit]).difference == 0
+    assert compare(list(first.values()), list(second.values())).p_value == 1
+    assert signed_rank_p([unit, 2 * unit, 3 * unit, 1e-14 * unit, -1e-14 * unit]) == 2 / 8
+    assert signed_rank_p([unit, -unit * (1 + 1e-15), 1e-3 * unit]) == signed_rank_p([2, -2, 1])
 
 
 def test_normal_approximation_meets_the_exact_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ ROOMS = (  # from the top: a room imports from itself and from those below it
 MODEL_SIDE = sum(ROOMS[3:6], ())  # from plugin down to interception
 MODEL_LIBRARIES = ("accelerate", "diffusers", "transformers")
 KERNEL_LIBRARIES = {"torch", "triton", "dit_accel"}
-OPTIONAL = {"cutlass", "flash_attn", "gradio", "matplotlib", "skimage", "torchmetrics", "xformers"}
+DEMO_LIBRARIES = {"gradio", "starlette"}
+OPTIONAL = {"cutlass", "flash_attn", "matplotlib", "skimage", "torchmetrics", "xformers"} | DEMO_LIBRARIES
 DIFFUSERS_INTERNALS = {"_AttentionBackendRegistry", "_active_backend", "_attention_backend", "_parallel_config"}
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL"} | OPTIONAL
 
@@ -96,8 +97,17 @@ def test_arrows_point_downwards(name: str, file: Path) -> None:
 
 @each_module
 def test_optional_packages_load_on_use(name: str, file: Path) -> None:
-    eager = [found for found in imports_of(file) if found.target.split(".")[0] in OPTIONAL and not found.deferred]
+    """The demo, which nothing loads before it is asked for, is the one place that needs its package at once."""
+    lazy = OPTIONAL - DEMO_LIBRARIES if within(name, ("dit_accel.demo",)) else OPTIONAL
+    eager = [found for found in imports_of(file) if found.target.split(".")[0] in lazy and not found.deferred]
     assert eager == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not within(name, ("dit_accel.demo",))])
+def test_the_demo_loads_on_use(name: str) -> None:
+    taken = [found for found in imports_of(MODULES[name]) if within(found.target, ("dit_accel.demo",))]
+    assert all(found.deferred for found in taken)
+    assert not taken or name == "dit_accel.commands.demo"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("dit_accel.eval",))])

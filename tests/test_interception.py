@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import threading
+import types
 from types import ModuleType
 from typing import Any
 
@@ -320,3 +322,27 @@ def test_a_method_given_to_a_models_own_setter_says_what_to_call(tiny: ModuleTyp
         model.set_attn_processor(tiny.Tiles())
     with pytest.raises(TypeError, match=r"use dit_accel.apply\(model, processor\)"):
         tiny.forward(model, tiny.inputs(family))
+
+
+def test_fa4_leaves_out_the_keys_that_a_mask_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's attention in place of the package's kernel, which takes no mask."""
+    package = types.ModuleType("flash_attn.cute")
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None) -> Any:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=softmax_scale)
+        return out.transpose(1, 2), None
+
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    q, k, v = torch.randn(3, 1, 7, 2, 8).unbind()
+    mask = (torch.arange(7) < 5)[None, None, None]
+    out = interception._fa4_attention(q, k, v, mask, scale=0.3)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(interception._fa4_attention(q, k, v), flash_attn_func(q, k, v, None)[0])
+    for wrong in (mask.flip(3), mask.expand(2, 1, 1, 7), mask.float(), mask & False):
+        with pytest.raises(ValueError, match="kernel='fa4' takes a mask that hides the last keys"):
+            interception._fa4_attention(q, k, v, wrong)

@@ -15,7 +15,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from dit_accel.cli import main
-from dit_accel.commands.eval import read_prompts
+from dit_accel.commands.arguments import read_prompts
+from dit_accel.eval.records import read_records
 from dit_accel.pipelines import shapes_image
 from dit_accel.pipelines.shapes.kit import caption_ids
 from dit_accel.pipelines.shapes.optimisation import Journal, Workers
@@ -242,14 +243,19 @@ def test_compare_writes_pictures_and_scores_of_images(untrained: str, tmp_path: 
     assert "true_cfg_scale=3.5" in script and "negative_prompt" in script
 
 
-def test_eval_takes_a_batch_of_its_own_prompts(untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_takes_a_batch_of_its_own_prompts(untrained: str, tmp_path: Path) -> None:
     prompts = read_prompts("4", "shapes-image")
     assert [len(parse_caption(prompt, IMAGES)) for prompt in prompts] == [1, 2, 1, 2]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]))
-    arguments = ["--height", "64", "--width", "64", "--steps", "1", "--prompts", str(tmp_path / "prompts.txt")]
-    assert main(["eval", "--model", untrained, *arguments, "--method", "dense", "--output", str(tmp_path / "out")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and all(row["quality"]["clip_correct"]["value"] in (0, 1) for row in rows)
+    suite = tmp_path / "images.yaml"
+    suite.write_text(
+        f"name: images\nmodels: [{untrained}]\nmethods: ['grat(density=1)']\n"
+        "prompts: {file: shapes-image, first: 2}\n"
+        "settings: [{name: small, height: 64, width: 64, steps: 1}]\nruns: 0\nbatch: 2\nfloors: []\n"
+    )
+    assert main(["eval", str(suite), "--output", str(tmp_path / "out")]) == 0
+    rows = read_records(tmp_path / "out" / "records.jsonl")
+    assert [row["prompt"] for row in rows] == [*prompts[:2]] * 2
+    assert all(row["quality"]["clip_correct"]["value"] in (0, 1) for row in rows)
 
 
 def test_the_spec_is_that_of_the_built_pipeline() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dit_accel.commands.models import Frames, Model, Request, call_arguments
-from dit_accel.eval.discarded import DiscardedMass, gather
+from dit_accel.commands.arguments import method_call
+from dit_accel.commands.models import Frames, Model, OnStep, Request, call_arguments, step_end
+from dit_accel.eval.frames import as_uint8
 from dit_accel.methods.base import AttnMethod
 from dit_accel.pipelines.shapes.evaluate import decode_clips
 from dit_accel.pipelines.shapes.scenes import CLIPS
 from dit_accel.plugin import apply
-from dit_accel.runtime import Discarded
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,15 @@ class Batch:
         clips: uint8 [B, T, H, W, 3].
         executed: share of the query-key pairs computed by the sparse calls of the batch; 1.0 without any.
         density: that of all its calls.
-        discarded: softmax mass left out in each clip; empty where it was not asked for or no call was sparse.
     """
 
     clips: Frames
     executed: float
     density: float
-    discarded: Sequence[DiscardedMass]
 
 
 def sample(
-    model: Model, requests: Sequence[Request], method: AttnMethod, backend: Any, discarded: bool = False
+    model: Model, requests: Sequence[Request], method: AttnMethod, backend: Any, on_step: OnStep | None = None
 ) -> Batch:
     """One call of the stock pipeline for requests that differ in prompt and seed alone.
 
@@ -48,20 +45,20 @@ def sample(
         requests: of one size, step count and guidance.
         method: the processor.
         backend: of the operator.
-        discarded: also measure the softmax mass left out. Default no.
+        on_step: called at the end of each step; what it raises ends the run.
+
+    Raises:
+        ValueError: frames with NaN, or outside [0, 1].
     """
     whole_clips = model.embedded is not None and model.embedded.language is CLIPS
-    arguments = call_arguments(model, *requests) | {"output_type": "latent" if whole_clips else "np"}
+    arguments = call_arguments(model, *requests) | step_end(None, on_step)
+    arguments["output_type"] = "latent" if whole_clips else "np"
     model.pipe.set_progress_bar_config(disable=True)
     with apply(model.pipe, method, backend=backend) as handle:
-        probing: AbstractContextManager[list[Discarded]] = (
-            handle.probing() if discarded and not method.whole_modules else nullcontext([])
-        )
-        with probing as calls:
-            output = model.pipe(**arguments)[0]
+        output = model.pipe(**arguments)[0]
         tally = handle.tally
     clips = decode_clips(model.pipe, output) if whole_clips else np.asarray(output, dtype=np.float32)
     if clips.ndim == 4:  # images
         clips = clips[:, None]
-    masses = gather(calls, blocks=model.spec.num_blocks, steps=requests[0].steps, batch=len(requests))
-    return Batch((clips * 255).round().astype(np.uint8), tally.sparse_density, tally.density, masses)
+    frames = np.stack([as_uint8(clip, f"the output of {method_call(method)}") for clip in clips])
+    return Batch(frames, tally.sparse_density, tally.density)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dit_accel.commands import bench_actions
+from dit_accel.commands import bench_actions, bench_steps, bench_training
 from dit_accel.commands.bench_methods import settings
 from dit_accel.eval.bench.actions import action_table
 from dit_accel.eval.bench.actions import bench_actions as measure_actions
@@ -20,6 +22,9 @@ from dit_accel.eval.bench.cases import Case, MakePlan, random_cases
 from dit_accel.eval.bench.operators import DEFAULT, OPERATORS, Operator
 from dit_accel.eval.bench.report import append, facts, plot, read, table
 from dit_accel.eval.bench.run import Effort, Row, bench_case
+from dit_accel.eval.bench.steps import StepRow, bench_step, step_table
+from dit_accel.eval.bench.training import TrainingRow, training_table
+from dit_accel.eval.bench.training import bench_training as measure_training
 from dit_accel.eval.rates import matmul_rate
 from dit_accel.kernels import BlockPlan
 from dit_accel.layout import TokenLayout
@@ -64,17 +69,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers = actions.add_parser(
         "actions", help="time the actions of a plan on one attention module, projections and all"
     )
-    for action in (kernels, methods, layers):
+    steps = actions.add_parser(
+        "steps", help="time forwards of real models with random weights; cases that --output has are left out"
+    )
+    training = actions.add_parser(
+        "training", help="time optimisation steps of DiT-S on pixels; cases that --output has are left out"
+    )
+    for action in (kernels, methods, layers, steps, training):
         action.add_argument("--output", type=Path, help="append JSON lines, one per operator and case, to this file")
         action.add_argument("--cases", default="", help="only those whose name holds this text")
-        action.add_argument("--quick", action="store_true", help="fewer rounds, and of the kernels' cases a few")
+        action.add_argument("--quick", action="store_true", help="fewer rounds, of cases a few, of models two blocks")
     picture = actions.add_parser("plot", help="draw TFLOP/s against density, or seconds against tokens, from records")
     picture.add_argument("records", type=Path, help="what `bench kernels` or `bench methods` wrote with --output")
     picture.add_argument("--output", type=Path, help="the PNG (default: beside the records)")
 
 
 def run(options: argparse.Namespace) -> int:
-    return {"plot": _plot, "kernels": _kernels, "methods": _methods, "actions": _actions}[options.action](options)
+    runs: dict[str, Callable[[argparse.Namespace], int]] = {
+        "plot": _plot,
+        "kernels": _kernels,
+        "methods": _methods,
+        "actions": _actions,
+        "steps": _steps,
+        "training": _training,
+    }
+    return runs[options.action](options)
 
 
 def _plot(options: argparse.Namespace) -> int:
@@ -92,11 +111,13 @@ def _methods(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dense = [operator for operator in _operators(None, device) if operator.dense]
-    found = {case.name: case for case in (setting.case(device) for setting in settings(device))}
-    cases = [found[name] for name in _named(found, options.cases)]
+    wanted = _named(dict.fromkeys(setting.name for setting in settings(device)), options.cases)
     shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul_rate(device, dtype) / 1e12)
     wrong = False
-    for case in cases:
+    for setting in settings(device):
+        if setting.name not in wanted:
+            continue
+        case = setting.case(device)
         rows = bench_call(case, dense, device, dtype, EFFORTS[device.type, options.quick])
         print(f"\n{case.name}\n{call_table(rows)}")
         wrong |= rows[0]["refused"] is not None
@@ -118,6 +139,58 @@ def _actions(options: argparse.Namespace) -> int:
         wrong |= any(row["refused"] is not None for row in rows)
         if options.output:
             append(options.output, rows, shared)
+    return 1 if wrong else 0
+
+
+def _steps(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = bench_steps.cases(device, dtype, options.quick)
+
+    def measure(name: str) -> tuple[list[StepRow], str]:
+        try:
+            case = found[name]()
+        except torch.OutOfMemoryError as error:
+            return [], f"  no speed, there is no room for the model: {str(error).partition('. ')[0]}"
+        rows = bench_step(case, device, bench_steps.EFFORTS[device.type, options.quick])
+        return rows, step_table(rows)
+
+    return _case_by_case(options, found, StepRow.__required_keys__, measure)
+
+
+def _training(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = bench_training.cases(device)
+
+    def measure(name: str) -> tuple[list[TrainingRow], str]:
+        rows = measure_training(found[name](), device)
+        return rows, training_table(rows)
+
+    return _case_by_case(options, found, TrainingRow.__required_keys__, measure)
+
+
+def _case_by_case(
+    options: argparse.Namespace,
+    found: Iterable[str],
+    keys: frozenset[str],
+    measure: Callable[[str], tuple[Sequence[Mapping[str, Any]], str]],
+) -> int:
+    """Measures the cases that are wanted and not yet in the file, each with its table; 1 if a method failed in one."""
+    wanted = _named(found, options.cases)
+    written = options.output is not None and options.output.exists()
+    told = {row["case"] for row in read(options.output, keys)} if written else set()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shared = facts(shlex.join(["dit-accel", *sys.argv[1:]]), matmul_rate(device, dtype) / 1e12)
+    wrong = False
+    for name in wanted:
+        if name not in told:
+            rows, text = measure(name)
+            print(f"\n{name}\n{text}", flush=True)
+            if options.output:
+                append(options.output, rows, shared)
+            wrong |= any(row["refused"] is not None and not row["dense"] for row in rows)
+            gc.collect()  # a model and what is applied to it hold each other, and the next one needs the room
     return 1 if wrong else 0
 
 

@@ -18,6 +18,8 @@ from dit_accel.methods.correction import CorrectedAttention
 _WAN = TokenLayout((21, 45, 80))
 _CLIP = TokenLayout((30, 48, 80))
 _FLUX = TokenLayout((1, 256, 256), 512, "prefix")
+_FLUX_8K = TokenLayout((1, 512, 512), 512, "prefix")
+_HUNYUAN = TokenLayout((32, 48, 80), 256, "suffix")  # 128 frames cut off one latent frame
 _SHAPES = TokenLayout((7, 24, 32))
 _LARGEST = 300_000  # tokens; beyond it another backend and dense attention would take longer than all the rest
 
@@ -36,15 +38,23 @@ class Setting:
     group: str = ""
     training: bool = False
 
+    @property
+    def name(self) -> str:
+        shape = f"{self.batch} x {self.layout.num_tokens:,} tokens, {self.heads} heads, D={self.head_dim}"
+        return f"{self.label}, {shape}" + (", training" if self.training else "")
+
+    @property
+    def operator(self) -> str:
+        return _described(make_method(self.method, **self.options))
+
     def case(self, device: torch.device) -> CallCase:
         method = make_method(self.method, **self.options)
         bound = method.attention(self.layout, device)
         assert bound is not None, "every method here is sparse on its layout"
         tokens = self.layout.num_tokens
         return CallCase(
-            name=f"{self.label}, {self.batch} x {tokens:,} tokens, {self.heads} heads, D={self.head_dim}"
-            + (", training" if self.training else ""),
-            operator=_described(method),
+            name=self.name,
+            operator=self.operator,
             batch=self.batch,
             tokens=tokens,
             heads=self.heads,
@@ -94,7 +104,13 @@ GPU_SETTINGS: tuple[Setting, ...] = (
     Setting("Wan 720p", "log_linear", _WAN, 40, 128, {"top_k": 16}),
     Setting("Wan 720p", "pyramid", _WAN, 40, 128, {"density": 0.15}),
     Setting("HunyuanVideo clip", "sliding_tile", _CLIP, 24, 128, {"window": (3, 3, 3)}),
+    Setting("NATTEN Flux 4K", "neighborhood", _IMAGES[256], 24, 128, {"window": (1, 80, 80)}),
     Setting("Flux 4K", "clear", _FLUX, 24, 128, {"radius": 16}),
+    *(
+        Setting(label, "grat", layout, 24, 128, {"pattern": pattern})
+        for label, layout in (("Flux 8K", _FLUX_8K), ("HunyuanVideo 128 frames", _HUNYUAN))
+        for pattern in ("B", "X")
+    ),
     Setting("Wan 720p", "attention_tile", _WAN, 40, 128, {"reference_frames": 3}),
 )
 CPU_SETTINGS: tuple[Setting, ...] = tuple(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit_accel.commands.arguments import add_run, apply_call, method_call, parse_method
-from dit_accel.commands.models import Frames, Generation, Model, Request, generate, load, probe, warm_up
-from dit_accel.eval.discarded import BY_HEAD, discarded_of
+from dit_accel.commands.arguments import add_run, method_call, output_folder, parse_method
+from dit_accel.commands.models import Frames, Model, Request, generate, load, probe, timings_of, warm_up
+from dit_accel.commands.scripts import command_of, script_of
+from dit_accel.eval.fidelity import ENTRIES, fidelity_of
+from dit_accel.eval.frames import as_uint8
 from dit_accel.eval.media import SheetRow, contact_sheet, write_mp4
 from dit_accel.eval.quality import METRICS, measure
-from dit_accel.eval.records import Densities, Job, Record, RecordWriter, Timings, make_record, read_records
+from dit_accel.eval.records import Densities, Job, Record, RecordWriter, make_record, read_records
 from dit_accel.eval.report import MISSING, MethodResult, ReportData, format_table, summary, tile_picture, write_report
 from dit_accel.kernels.block_sparse.reference import token_mask
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.assigned import AssignedAttention
 from dit_accel.methods.attention import PlannedAttention
 from dit_accel.methods.base import AttnMethod
-from dit_accel.pipelines.embedded import EMBEDDED
 from dit_accel.tuned_plan import method_for
 
 DEFAULT_METHODS = ("radial", "neighborhood", "grat", "draft", "log_linear", "dit_fast_attn")
@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--density", type=float, help="for every method, in place of its own settings, in (0, 1]")
     parser.add_argument(
-        "--discarded", action="store_true", help="one more run of each method: the softmax mass it leaves out"
+        "--attention",
+        action="store_true",
+        help="one more run of each method: what its attention leaves out and gets wrong, per head and step",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder (default outputs/compare)")
 
@@ -73,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
     methods = [
         parse_method(name, options.model, None if name == "dense" else options.density) for name in dict.fromkeys(names)
     ]
-    writer = record_writer(options.output)
+    writer = RecordWriter(output_folder(options.output / "clips").parent / "records.jsonl")
     model = load(options.model, options.device, options.dtype)
-    request = model.request(options, options.prompt)
+    request = model.request(options, options.prompt, options.seed)
     layout = model.layout(request)
     for method in methods:  # a method that cannot serve this model or size fails here, before any step
         method_for(model.pipe, method)
@@ -91,28 +93,14 @@ def run(options: argparse.Namespace) -> int:
         return 130
     records = {record["id"]: record for record in read_records(writer.path)}
     _write_pages(options.output, model, entries, [records[entry.job.key] for entry in entries], frames, layout, request)
-    unknown = [entry.label for entry in entries[1:] if BY_HEAD not in records[entry.job.key]["quality"]]
-    if options.discarded and unknown:
+    unknown = [entry.label for entry in entries[1:] if not ENTRIES & records[entry.job.key]["quality"].keys()]
+    if options.attention and unknown:
         print(
-            f"no discarded mass of {', '.join(unknown)}: all calls are dense, the method is a plan, "
+            f"attention was not measured of {', '.join(unknown)}: all calls are dense, the method is a plan, "
             f"or the record is of a run without "
-            "--discarded; pass another --output."
+            "--attention; pass another --output."
         )
     return 0
-
-
-def record_writer(folder: Path) -> RecordWriter:
-    """The records of an output folder; a ValueError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "clips").mkdir(exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"the output folder {folder} cannot be written ({reason}); pass another --output.") from error
-    return RecordWriter(folder / "records.jsonl")
 
 
 def _entry(method: AttnMethod, only_one: bool, model: Model, request: Request, options: argparse.Namespace) -> Entry:
@@ -134,17 +122,17 @@ def _frames(
         return _read(clip)
     seconds = warm_up(model, request, entry.method, options.backend)
     generation = generate(model, request, entry.method, options.backend)
-    np.savez_compressed(clip, frames=(generation.frames * 255).round().astype(np.uint8))
+    np.savez_compressed(clip, frames=as_uint8(generation.frames, f"the output of {entry.call}"))
     frames = _read(clip)
     reference = None if entry is dense else _read(options.output / "clips" / f"{dense.stem}.npz")
     quality = measure(frames, reference, [*METRICS]) | model.prompt_scores(frames, request.prompt)
-    probed = options.discarded and entry is not dense and not entry.method.whole_modules
-    mass = probe(model, request, entry.method, options.backend) if probed else None
-    quality |= mass.scores() if mass else {}
+    probed = options.attention and entry.method.name != "dense" and not entry.method.whole_modules
+    fidelity = probe(model, request, entry.method, options.backend) if probed else None
+    quality |= fidelity.scores() if fidelity else {}
     writer.append(
         make_record(
             entry.job,
-            timings=_timings(generation, seconds),
+            timings=timings_of([generation], seconds),
             quality=quality,
             densities=_densities(entry.method, model.layout(request), generation.density),
             baseline=None if entry is dense else dense.job.key,
@@ -161,22 +149,6 @@ def _densities(method: AttnMethod, layout: TokenLayout, run: float) -> Densities
         return {"executed": run, "run": run}
     ideal = layout.joint_density(method.ideal_density(layout))
     return {"executed": attention.density, "ideal": ideal, "run": run}
-
-
-def _timings(generation: Generation, warmup: float) -> Timings:
-    timings = Timings(
-        denoise=generation.denoise,
-        denoise_iqr=0.0,
-        attention=generation.attention,
-        total=generation.total,
-        warmup=warmup,
-        steps=list(generation.step_seconds),
-        runs=1,
-        warmup_runs=1,
-    )
-    if generation.peak_memory is not None:
-        timings["peak_memory_bytes"] = generation.peak_memory
-    return timings
 
 
 def _read(clip: Path) -> Frames:
@@ -206,9 +178,8 @@ def _write_pages(
     notes = _notes(records)
     page = write_report(folder, ReportData([result for _, result in results], layout.num_tokens, FPS, notes))
     print(f"\n{format_table(rows)}\n")
-    masses = [(result.label, result.discarded) for _, result in results if result.discarded]
-    left_out = [f"{label} leaves out softmax mass: {mass}" for label, mass in masses]
-    for line in [*(entry.call for entry in entries if entry.call != entry.label), *left_out, *notes]:
+    measured = [f"{result.label}: {result.attention}" for _, result in results if result.attention]
+    for line in [*(entry.call for entry in entries if entry.call != entry.label), *measured, *notes]:
         print(line)
     print(f"page: {page}\nsheet: {folder / 'sheet.png'}\nrecords: {folder / 'records.jsonl'}")
 
@@ -223,10 +194,10 @@ def _result(
         record=record,
         frames=clip,
         label=entry.label,
-        script=_script(entry, request, model),
-        command=_command(entry, request, model),
+        script=script_of(entry.method, request, model),
+        command=command_of(entry.method, request, model),
         tile_picture=_picture(entry.method, layout),
-        discarded=discarded_of(record["quality"], model.spec.heads),
+        attention=fidelity_of(record["quality"], model.spec.heads),
     )
     return SheetRow(entry.label, note, clip), result
 
@@ -249,37 +220,6 @@ def _picture(method: AttnMethod, layout: TokenLayout) -> Image.Image | None:
     seen = token_mask(attention.plan, torch.tensor([position]))[0, :, 0].float().mean(0)
     grid = seen[layout.prefix : layout.prefix + layout.visual_tokens].reshape(layout.grid)
     return tile_picture(grid.numpy(), (frame, row, column))
-
-
-def _script(entry: Entry, request: Request, model: Model) -> str:
-    frames = f", num_frames={request.num_frames}" if request.num_frames > 1 else ""
-    extra = "".join(f", {name}={value!r}" for name, value in model.call.arguments.items())
-    if model.name in EMBEDDED:
-        package = EMBEDDED[model.name].package
-        loading = f"from dit_accel.pipelines import {package}\n\npipe = {package}.load()"
-    else:
-        loading = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({model.name!r})"
-    return (
-        f"import torch\nimport dit_accel\n{loading}\n"
-        f"dit_accel.apply(pipe, {apply_call(entry.method)})\n"
-        f"output = pipe({request.prompt!r}, height={request.height}, width={request.width}{frames}, "
-        f"num_inference_steps={request.steps}, {model.call.guidance}={request.guidance:g}{extra}, "
-        f"generator=torch.Generator().manual_seed({request.seed}))[0]"
-    )
-
-
-def _command(entry: Entry, request: Request, model: Model) -> str:
-    numbers = {
-        "seed": request.seed,
-        "height": request.height,
-        "width": request.width,
-        "num-frames": request.num_frames,
-        "steps": request.steps,
-        "guidance": f"{request.guidance:g}",
-    }
-    words = ["dit-accel", "generate", "--model", model.name, "--method", entry.call, "--prompt", request.prompt]
-    words += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-    return shlex.join(words)
 
 
 def _size(request: Request) -> str:

@@ -1,263 +1,164 @@
-"""`dit-accel eval`: the quality of methods over many prompts, each beside the dense clip from the same noise."""
+"""`dit-accel eval`: a suite of models, methods, settings, prompts and seeds, each clip beside the dense one."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+import os
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
+import torch.distributed
+from accelerate import PartialState
 
-from dit_accel.commands.arguments import add_settings, method_call, parse_method
-from dit_accel.commands.batches import sample
-from dit_accel.commands.compare import record_writer
-from dit_accel.commands.models import Frames, Model, Request, load
-from dit_accel.eval.quality import METRICS, Score, measure
-from dit_accel.eval.records import RecordWriter, make_record, read_records, to_json
-from dit_accel.eval.report import format_table, heat_map, heat_map_scale
-from dit_accel.eval.summary import MethodSummary, as_dict, summarise_methods, table_row
-from dit_accel.methods.base import AttnMethod
-from dit_accel.pipelines.embedded import EMBEDDED
-from dit_accel.pipelines.shapes.scenes import captions, held_out_scenes
+from dit_accel.commands.arguments import add_machine, output_folder
+from dit_accel.commands.judges import make_metrics
+from dit_accel.commands.models import target_device
+from dit_accel.commands.suite_plan import Kernels, Plan, Shelf, make_plan
+from dit_accel.commands.suite_run import Run, carry_out
+from dit_accel.eval.quality import Metric, SetMetric
+from dit_accel.eval.rates import matmul_rate
+from dit_accel.eval.records import read_run
+from dit_accel.eval.report.tables import format_table
+from dit_accel.eval.sets import judge_sets, set_row
+from dit_accel.eval.suite.folder import check_run, open_run, run_writer
+from dit_accel.eval.suite.items import share
+from dit_accel.eval.suite.schema import Suite, load_suite
+from dit_accel.eval.summary import write_summary
 
-_POOL = 480  # scenes drawn of each kind, so that a longer run begins with the prompts of a shorter one
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One method of the evaluation.
-
-    Args:
-        label: the method as --method takes it, with its options written out.
-        method: the processor.
-        folder: of the pipeline it runs in; None: that of --model.
-    """
-
-    label: str
-    method: AttnMethod
-    folder: str | None
+_PATIENCE = timedelta(days=30)  # how long a process that is done waits for the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser)
-    parser.add_argument(
-        "--method",
-        action="append",
-        required=True,
-        metavar="METHOD or METHOD@FOLDER",
-        help="name or name(option=value, ...), repeat for several; @FOLDER: in that pipeline, tuned from the model",
-    )
-    parser.add_argument("--density", type=float, help="for every method that names none itself, in (0, 1]")
-    parser.add_argument(
-        "--prompts", default="32", help="file with a prompt a line, or how many of the embedded model's (default 32)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="clips sampled at once (default 8)")
-    parser.add_argument("--discarded", action="store_true", help="also the softmax mass that each method leaves out")
-    parser.add_argument("--output", type=Path, default=Path("outputs/eval"), help="folder (default outputs/eval)")
+    parser.add_argument("suite", metavar="SUITE", help="a YAML file, or the name of a shipped suite")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default runs/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what is left to run")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {options.batch}.")
-    texts = dict.fromkeys(["dense", *options.method])
-    candidates = [parse_candidate(text, options.model, options.density) for text in texts]
-    prompts = read_prompts(options.prompts, options.model)
-    writer = record_writer(options.output)
-    (options.output / "dense").mkdir(exist_ok=True)
-    model = load(options.model, options.device, options.dtype)
-    first = model.request(options, prompts[0])
-    requests = [replace(first, prompt=prompt, seed=options.seed + number) for number, prompt in enumerate(prompts)]
-    dense = [model.job(candidates[0].method, request, options.backend).key for request in requests]
-    study = Study(options, writer, requests, dense)
-    print(f"{model.name}: {len(prompts)} prompts, {len(candidates)} methods, {options.batch} at once, {model.device}")
+    suite = load_suite(options.suite)
+    made = make_metrics(suite.metrics.items())
+    metrics = [metric for metric in made if isinstance(metric, Metric)]
+    sets = [metric for metric in made if isinstance(metric, SetMetric)]
+    folder: Path = options.output or Path("runs") / suite.name
+    state = PartialState(cpu=True, timeout=_PATIENCE)  # processes meet on the CPU, whatever they run on
+    device = own_device(options.device, state, timed=suite.runs > 0)
+    shelf = Shelf(str(device), options.dtype)
     try:
-        keys, failures = _evaluate_all(study, candidates, model)
+        with main_first(state):  # the others find the kernels that it has measured
+            kernels = Kernels(folder)
+            plan = make_plan(suite, options.limit, shelf, options.backend, kernels)
+            check_run(folder, suite, plan.made_with)
+            if not options.dry_run:
+                open_run(output_folder(folder), suite, plan.made_with, state.process_index)
+                if state.is_main_process:
+                    kernels.save()
+        if options.dry_run:
+            if state.is_main_process:
+                print("\n".join(_in_words(suite, plan, _recorded(folder), shelf)))
+            return 0
+        place = (state.process_index, state.num_processes)
+        writer = run_writer(folder, *place)
+        mine = {id(chunk) for chunk in share(plan.chunks, *place)}
+        carry_out(
+            Run(suite, folder, metrics, shelf, options.backend, writer, *place),
+            [task for task in plan.tasks if id(task.chunk) in mine],
+        )
     except KeyboardInterrupt:
-        print(f"\nstopped; the finished records are in {writer.path}; run the same command to go on.")
+        print(f"\nstopped; what is finished is in {folder}; run the same command to go on.")
         return 130
-    records = {record["id"]: record for record in read_records(writer.path)}
-    results = {
-        label: {number: records[key] for number, key in enumerate(found) if key in records}
-        for label, found in keys.items()
-    }
-    _write_summary(study, model, summarise_methods(results, model.spec.heads), failures)
-    return 1 if failures else 0
+    meet(state)
+    if state.is_main_process:
+        _report(folder, plan, sets, device)
+    meet(state)  # torchrun ends all processes when one of them fails
+    return 1 if _missing(folder, plan) else 0
 
 
-@dataclass(frozen=True)
-class Study:
-    """One run of the command.
-
-    Args:
-        options: the command line.
-        writer: of the records.
-        requests: one per prompt.
-        dense: ids of the dense records, one per prompt.
-    """
-
-    options: argparse.Namespace
-    writer: RecordWriter
-    requests: Sequence[Request]
-    dense: Sequence[str]
-
-    def clip_path(self, number: int) -> Path:
-        """Where the dense clip of a prompt is kept."""
-        folder: Path = self.options.output / "dense"
-        return folder / f"{self.dense[number]}.npz"
+def meet(state: PartialState) -> None:
+    """Waits for all processes, on the CPU; accelerate's own waiting takes a GPU for each."""
+    if state.num_processes > 1:
+        torch.distributed.barrier()
 
 
-def parse_candidate(text: str, model: str, density: float | None) -> Candidate:
-    """A method of the command line, ``@FOLDER`` behind it or not.
+@contextmanager
+def main_first(state: PartialState) -> Iterator[None]:
+    """Lets the main process go through the block before the others; where it fails, torchrun ends them."""
+    if not state.is_main_process:
+        meet(state)
+    yield
+    if state.is_main_process:
+        meet(state)
+
+
+def own_device(name: str | None, state: PartialState, *, timed: bool) -> torch.device:
+    """The device of this process, one GPU for each while there are enough.
 
     Raises:
-        ValueError: what ``parse_method`` refuses, or a folder that is not there.
+        ValueError: several processes that would time clips on one device, or a GPU where torch sees none.
     """
-    call, _, folder = text.partition("@")
-    if folder and not Path(folder).is_dir():
-        raise ValueError(f"{text!r} runs in the pipeline folder {folder}, which does not exist; save a pipeline there.")
-    method = parse_method(call, model, None if call.strip() == "dense" else density)
-    return Candidate(method_call(method) + (f"@{folder}" if folder else ""), method, folder or None)
-
-
-def read_prompts(source: str, model: str) -> list[str]:
-    """The prompts of a file, one a line, or so many held-out captions, with one object and with two in turn.
-
-    Raises:
-        ValueError: a number for a model without captions of its own, a number out of range, or no file with prompts.
-    """
-    if not source.isdecimal():
-        path = Path(source)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts must be a number or a text file with a prompt a line, got {source!r}.")
-        return prompts
-    count = int(source)
-    if model not in EMBEDDED:
+    target = target_device(name)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # of this host
+    devices = torch.cuda.device_count() if target.type == "cuda" and target.index is None else 1
+    if timed and processes > devices:
         raise ValueError(
-            f"{model} has no prompts of its own, got --prompts {source}; pass a file with a prompt a line."
+            f"the suite times clips, which needs a device for each process, got {processes} processes and {devices} "
+            f"{target.type} device{'s' * (devices > 1)} on this host; start {devices} or set runs: 0."
         )
-    if not 0 < count <= 2 * _POOL:
-        raise ValueError(f"--prompts must be between 1 and {2 * _POOL}, got {count}.")
-    language = EMBEDDED[model].language
-    pairs = zip(*(captions(held_out_scenes(_POOL, objects, language=language)) for objects in (1, 2)), strict=True)
-    return [caption for pair in pairs for caption in pair][:count]
+    if target.type != "cuda":
+        return target
+    if target.index is None:
+        target = torch.device("cuda", state.local_process_index % devices)
+    torch.cuda.set_device(target)
+    return target
 
 
-def _evaluate_all(
-    study: Study, candidates: Sequence[Candidate], model: Model
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Record ids by method and prompt, in the order asked for, and why methods failed."""
-    keys: dict[str, list[str]] = {candidate.label: [] for candidate in candidates}
-    failures: dict[str, str] = {}
-    with tqdm(total=len(candidates) * len(study.requests), unit="clip") as bar:
-        for candidate in sorted(candidates, key=lambda candidate: candidate.folder or ""):  # one pipeline at a time
-            bar.set_description(candidate.label[:40])
-            try:
-                if candidate.folder and candidate.folder != model.name:
-                    model = load(candidate.folder, study.options.device, study.options.dtype)
-                jobs = [model.job(candidate.method, request, study.options.backend) for request in study.requests]
-                keys[candidate.label] = [job.key for job in jobs]
-                for count in _evaluate(study, candidate, model):
-                    bar.update(count)
-            except Exception as error:  # whatever a method does wrong, the others are still to be judged
-                if candidate is candidates[0]:
-                    raise
-                failures[candidate.label] = _note_failure(study.options.output, candidate, error)
-                bar.write(f"{candidate.label} failed: {failures[candidate.label]}")
-    return keys, failures
+def _recorded(folder: Path) -> Set[str]:
+    """Ids of what the run has finished so far."""
+    return {record["id"] for record in read_run(folder)} if (folder / "suite.yaml").is_file() else set()
 
 
-def _evaluate(study: Study, candidate: Candidate, model: Model) -> Iterator[int]:
-    """Samples, judges and records what is missing of one method; yields how many clips are done."""
-    options = study.options
-    jobs = [model.job(candidate.method, request, options.backend) for request in study.requests]
-    missing = [number for number, job in enumerate(jobs) if not study.writer.finished(job.key)]
-    yield len(jobs) - len(missing)
-    is_dense = jobs[0].key == study.dense[0]
-    for start in range(0, len(missing), options.batch):
-        numbers = missing[start : start + options.batch]
-        requests = [study.requests[number] for number in numbers]
-        batch = sample(model, requests, candidate.method, options.backend, options.discarded and not is_dense)
-        for place, number in enumerate(numbers):
-            clip, path = batch.clips[place], study.clip_path(number)
-            if is_dense:
-                np.savez_compressed(path, frames=clip)
-            quality = _quality(model, clip, None if is_dense else _read(path), study.requests[number].prompt)
-            quality |= batch.discarded[place].scores() if batch.discarded else {}
-            study.writer.append(
-                make_record(
-                    jobs[number],
-                    timings={},
-                    quality=quality,
-                    densities={"executed": batch.executed, "run": batch.density},
-                    baseline=None if is_dense else study.dense[number],
-                )
-            )
-        yield len(numbers)
+def _missing(folder: Path, plan: Plan) -> int:
+    finished = _recorded(folder)
+    return sum(job.key not in finished for task in plan.tasks for job in task.jobs)
 
 
-def _quality(model: Model, clip: Frames, reference: Frames | None, prompt: str) -> dict[str, Score]:
-    """Measured where the model is: on a GPU that takes milliseconds."""
-    frames = torch.from_numpy(clip).to(model.device)
-    return measure(frames, reference, [*METRICS]) | model.prompt_scores(clip, prompt)
+def _in_words(suite: Suite, plan: Plan, done: Set[str], shelf: Shelf) -> Iterator[str]:
+    """What the run would do."""
+    groups: dict[tuple[str, str, str], list[bool]] = {}
+    left = 0.0
+    for task in plan.tasks:
+        finished = [job.key in done for job in task.jobs]
+        groups.setdefault((task.chunk.model, task.chunk.setting.name, task.entry.label), []).extend(finished)
+        left += 0.0 if all(finished) else task.flops * max(1, suite.runs)
+    times = f"{suite.runs} timed run{'s' * (suite.runs > 1)} of each"
+    timed = times if suite.runs else f"{suite.batch} at once, nothing timed"
+    clips, recorded = sum(map(len, groups.values())), sum(map(sum, groups.values()))
+    yield f"{suite.name}: {clips} clips in {len(plan.chunks)} chunks, {timed}; {recorded} are recorded"
+    shown: tuple[str, str] | None = None
+    for (model, setting, label), finished in groups.items():
+        if shown != (model, setting):
+            shown = (model, setting)
+            yield f"{model}, {setting}:"
+        yield f"  {len(finished):5} clips, {sum(finished)} recorded: {label}"
+    latest = shelf.get(plan.tasks[-1].entry.pipeline)
+    rate = matmul_rate(latest.device, latest.pipe.transformer.dtype)
+    yield (
+        f"what is left takes about {left / rate / 60:.1f} minutes of denoising, were all attention dense and all of it "
+        f"as fast as matrix products are on this {latest.device.type} ({rate / 1e12:.3g} TFLOP/s)"
+    )
 
 
-def _read(path: Path) -> Frames:
-    if not path.exists():
-        raise ValueError(f"the dense clip {path} is gone, its record is there; pass another --output.")
-    with np.load(path) as stored:
-        return np.asarray(stored["frames"])
-
-
-def _note_failure(folder: Path, candidate: Candidate, error: Exception) -> str:
-    """Adds the failure to failures.jsonl; it is no record, so that the next run tries again."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    line = {"method": candidate.label, "error": reason, "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    with (folder / "failures.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    return reason
-
-
-def _write_summary(study: Study, model: Model, summaries: Sequence[MethodSummary], failures: Mapping[str, str]) -> None:
-    """summary.md, summary.json and the heat maps; prints the table."""
-    folder, request = study.options.output, study.requests[0]
-    settings = {
-        "model": model.name,
-        "size": [request.num_frames, request.height, request.width],
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "seed": study.options.seed,
-        "prompts": [request.prompt for request in study.requests],
-        "methods": [as_dict(summary) for summary in summaries],
-        "failures": dict(failures),
-    }
-    (folder / "summary.json").write_text(json.dumps(to_json(settings), indent=1, ensure_ascii=False) + "\n")
-    lines = [format_table([table_row(summary) for summary in summaries]), ""]
-    rivals = [summary for summary in summaries if summary.best_other]
-    if rivals:
-        best = max(rivals, key=lambda summary: summary.scores["psnr"].mean)
-        lines.append(f"The best mean PSNR is that of {best.label}; it is compared with {best.best_other}.")
-    lines += [f"{label} failed: {reason}" for label, reason in failures.items()]
-    unknown = [summary.label for summary in summaries[1:] if study.options.discarded and summary.discarded is None]
-    if unknown:
-        lines.append(
-            f"No discarded mass of {', '.join(unknown)}: all calls are dense, the method is a plan, "
-            f"or the records are of a run without "
-            "--discarded; pass another --output."
-        )
-    measured = [(number, summary, mass) for number, summary in enumerate(summaries) if (mass := summary.discarded)]
-    scale = heat_map_scale([mass for _, _, mass in measured])
-    for number, summary, mass in measured:
-        picture = folder / f"discarded-{number:02d}.png"
-        heat_map(mass, scale).save(picture)
-        lines.append(f"{summary.label} leaves out softmax mass: {mass} ({picture.name})")
-    lines.append("Nothing was timed: clips are sampled in batches; dit-accel compare times one clip.")
-    text = "\n".join(lines)
-    (folder / "summary.md").write_text(text + "\n")
-    print(f"\n{text}\nsummary: {folder / 'summary.md'}\nrecords: {study.writer.path}")
+def _report(folder: Path, plan: Plan, sets: Sequence[SetMetric], device: torch.device) -> None:
+    """The tables, before metrics of sets, whose judges may fail."""
+    records = read_run(folder)
+    if records:
+        print(f"\n{write_summary(folder, records)}")
+    if judged := judge_sets(folder, sets, device):
+        print(format_table([set_row(row) for row in judged]))
+    if missing := _missing(folder, plan):
+        print(f"{missing} clips are missing: failures*.jsonl says why; run the same command to try them again.")
+    print(f"run: {folder}")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import inspect
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dit_accel.eval.discarded import DiscardedMass, gather
+from dit_accel.eval.fidelity import Fidelity, gather
 from dit_accel.eval.quality import Score
-from dit_accel.eval.records import Job
-from dit_accel.eval.speed import StepClock, measure
+from dit_accel.eval.records import Job, Timings
+from dit_accel.eval.speed import StepClock, interquartile_range, measure
 from dit_accel.layout import TokenLayout
 from dit_accel.methods import make_method
 from dit_accel.methods.base import AttnMethod
@@ -27,6 +29,7 @@ from dit_accel.pipelines.specs import ModelSpec, spec_of
 from dit_accel.plugin import apply
 
 Frames = np.ndarray[Any, np.dtype[Any]]
+OnStep = Callable[[int, Tensor], None]  # number of the denoising step that has ended, latents [B, ...]
 
 PROMPT_SCORES = ("prompt_accuracy", "clip_correct")
 _SIZES = ("height", "width", "num_frames", "steps", "guidance")  # of a request, defaults of a spec
@@ -55,7 +58,8 @@ class Generation:
         step_seconds: seconds of each step.
         attention: seconds within, in the attention layers that the method replaces.
         total: seconds of the whole call, text encoder and VAE included.
-        density: share of query-key pairs computed, the mean over those layers and all steps.
+        executed: share of query-key pairs that a sparse call computes, the mean over them; 1.0 without any.
+        density: that of all calls of those layers, dense ones included.
         peak_memory: bytes on the GPU, None on the CPU.
     """
 
@@ -64,6 +68,7 @@ class Generation:
     step_seconds: tuple[float, ...]
     attention: float
     total: float
+    executed: float
     density: float
     peak_memory: int | None
 
@@ -93,8 +98,9 @@ class Model:
     def layout(self, request: Request) -> TokenLayout:
         return self.spec.layout(request.height, request.width, request.num_frames)
 
-    def request(self, options: argparse.Namespace, prompt: str | None) -> Request:
-        """The request of a command line, the model's defaults where it says nothing.
+    def request(self, sizes: Any, prompt: str | None, seed: int) -> Request:
+        """A request; the attributes height, width, num_frames, steps and guidance of ``sizes`` that are None are the
+        model's own.
 
         Raises:
             ValueError: a size the model cannot make, or no prompt for a model that has no own.
@@ -104,20 +110,21 @@ class Model:
             if self.name not in EMBEDDED:
                 raise ValueError(f"{self.name} needs a prompt; pass --prompt.")
             prompt = EMBEDDED[self.name].prompts[0]
-        given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
-        request = Request(
-            prompt=prompt,
-            seed=options.seed,
-            **{name: given.get(name, getattr(spec, name)) for name in _SIZES},
-        )
+        given = {name: value for name in _SIZES if (value := getattr(sizes, name)) is not None}
+        request = Request(prompt, seed, **{name: given.get(name, getattr(spec, name)) for name in _SIZES})
         if request.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {request.steps}.")
         self.layout(request)
         return request
 
-    def job(self, method: AttnMethod, request: Request, backend: str) -> Job:
-        """What identifies the record of one request run with one method."""
-        run_settings = {"dtype": str(self.pipe.transformer.dtype), "backend": backend, "device": str(self.device)}
+    def flops(self, request: Request) -> float:
+        """Floating-point operations of denoising one request with dense attention."""
+        layout, calls = self.layout(request), self.spec.guidance_calls if request.guidance > 1 else 1
+        return request.steps * calls * (self.spec.linear_flops(layout) + self.spec.attention_flops(layout))
+
+    def job(self, method: AttnMethod, request: Request, backend: str, **place: str) -> Job:
+        """What identifies the record of one request run with one method; ``place`` tells equal requests apart."""
+        run_settings = {"dtype": str(self.pipe.transformer.dtype), "backend": backend, "device": self.device.type}
         return Job(
             method=method.name,
             model=self.name,
@@ -126,7 +133,7 @@ class Model:
             size=(request.num_frames, request.height, request.width),
             steps=request.steps,
             guidance=request.guidance,
-            options=method.options() | run_settings,
+            options=method.options() | run_settings | place,
         )
 
     def prompt_scores(self, clip: Frames, prompt: str) -> dict[str, Score]:
@@ -161,11 +168,17 @@ def target_device(name: str | None) -> torch.device:
     """The device of that name, or the one to take here.
 
     Raises:
-        ValueError: a GPU where torch sees none.
+        ValueError: no name of a device, or a GPU that torch does not see.
     """
-    target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu.")
+    try:
+        target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, got {name!r}.") from error
+    gpus = torch.cuda.device_count()
+    if target.type == "cuda" and gpus == 0:
+        raise ValueError(f"--device {target} needs an NVIDIA GPU, and torch sees none; use --device cpu.")
+    if target.type == "cuda" and target.index is not None and target.index >= gpus:
+        raise ValueError(f"--device {target} is not among the GPUs that torch sees, of which the last is {gpus - 1}.")
     return target
 
 
@@ -192,15 +205,20 @@ def generate(
     backend: Any,
     progress: bool = True,
     output_type: Literal["np", "latent"] = "np",
+    on_step: OnStep | None = None,
 ) -> Generation:
-    """Runs the pipeline once with ``method`` applied, and takes it out again; its frames may be the final latents."""
+    """Runs the pipeline once with ``method`` applied, and takes it out again; its frames may be the final latents.
+
+    ``on_step`` is called at the end of each step; what it raises ends the run, and the pipeline is as it was before.
+    """
     pipe, device = model.pipe, model.device
     pipe.set_progress_bar_config(disable=not progress, desc=method.name.rjust(12), leave=True)
     clock, outputs = StepClock(device), []
     hook = pipe.transformer.register_forward_pre_hook(clock.start)
     try:
         with apply(pipe, method, backend=backend) as handle, handle.timing() as tally:
-            arguments = call_arguments(model, request) | {"callback_on_step_end": clock, "output_type": output_type}
+            handle.prepare(model.layout(request), device)
+            arguments = call_arguments(model, request) | step_end(clock, on_step) | {"output_type": output_type}
             whole = measure(lambda: outputs.append(pipe(**arguments)[0][0]), warmup=0, runs=1, device=device)
     finally:
         hook.remove()
@@ -211,18 +229,66 @@ def generate(
         step_seconds=clock.step_seconds,
         attention=tally.attention_seconds,
         total=whole.median,
+        executed=tally.sparse_density,
         density=tally.density,
         peak_memory=whole.peak_memory,
     )
 
 
-def probe(model: Model, request: Request, method: AttnMethod, backend: Any) -> DiscardedMass | None:
-    """What the method leaves out of the softmax in one run, untimed; None where every call is dense."""
+def timings_of(generations: Sequence[Generation], warmup: float) -> Timings:
+    """Timings of repeated runs of one request, after so many seconds of warming up."""
+    denoise = [generation.denoise for generation in generations]
+    median = statistics.median(denoise)
+    typical = min(generations, key=lambda generation: abs(generation.denoise - median))
+    timings = Timings(
+        denoise=median,
+        denoise_iqr=interquartile_range(denoise),
+        attention=statistics.median(generation.attention for generation in generations),
+        total=statistics.median(generation.total for generation in generations),
+        warmup=warmup,
+        steps=list(typical.step_seconds),
+        runs=len(generations),
+        warmup_runs=1,
+    )
+    peaks = [generation.peak_memory for generation in generations if generation.peak_memory is not None]
+    return timings | Timings(peak_memory_bytes=max(peaks)) if peaks else timings
+
+
+def probe(model: Model, request: Request, method: AttnMethod, backend: Any) -> Fidelity | None:
+    """How far the method's attention is from dense attention in one run, untimed; None where every call is dense.
+
+    Raises:
+        ValueError: a plan.
+    """
     model.pipe.set_progress_bar_config(disable=True)
     with apply(model.pipe, method, backend=backend) as handle, handle.probing() as calls:
         model.pipe(**call_arguments(model, request) | {"output_type": "latent"})
-    masses = gather(calls, blocks=model.spec.num_blocks, steps=request.steps)
-    return masses[0] if masses else None
+    found = gather(calls, blocks=model.spec.num_blocks, steps=request.steps)
+    return found[0] if found else None
+
+
+def check_steps(model: Model) -> None:
+    """Raise a ValueError for a pipeline that calls back at no step."""
+    if "callback_on_step_end" not in inspect.signature(model.pipe.__call__).parameters:
+        raise ValueError(
+            f"{type(model.pipe).__name__} calls back at no step, which timing and the latents of each step need; "
+            "use dit_accel.apply in a script."
+        )
+
+
+def step_end(clock: StepClock | None, on_step: OnStep | None) -> dict[str, Any]:
+    """Arguments of a pipeline's call: what it calls at the end of each step, where there is something to call."""
+    if clock is None and on_step is None:
+        return {}
+
+    def ended(pipe: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        if clock is not None:
+            clock(pipe, step, timestep, tensors)
+        if on_step is not None:
+            on_step(step, tensors["latents"])
+        return tensors
+
+    return {"callback_on_step_end": ended, "callback_on_step_end_tensor_inputs": ["latents"]}
 
 
 def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) -> float:
@@ -233,10 +299,7 @@ def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) ->
     Raises:
         ValueError: a pipeline that calls back at no step.
     """
-    if "callback_on_step_end" not in inspect.signature(model.pipe.__call__).parameters:
-        raise ValueError(
-            f"{type(model.pipe).__name__} calls back at no step, which timing needs; use dit_accel.apply in a script."
-        )
+    check_steps(model)
     if isinstance(method, DiTFastAttnProcessor):
         named = method.methods() or (make_method("dense"),)
         return sum(warm_up(model, request, each, backend) for each in named)
@@ -245,8 +308,7 @@ def warm_up(model: Model, request: Request, method: AttnMethod, backend: Any) ->
     clock = StepClock(model.device)
     clock.start()
     with apply(model.pipe, always, backend=backend):
-        arguments = call_arguments(model, request) | {"num_inference_steps": 1, "output_type": "latent"}
-        model.pipe(**arguments, callback_on_step_end=clock)
+        model.pipe(**call_arguments(model, request) | step_end(clock, None) | {"num_inference_steps": 1})
     return clock.denoise_seconds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from dit_accel.commands.arguments import add_size
 from dit_accel.kernels import BACKENDS
+from dit_accel.kernels.block_sparse.backends import Backend
 from dit_accel.methods import make_method, parse_method_call
+from dit_accel.methods.dense import kernel_of
 from dit_accel.pipelines.training.loop import train
 from dit_accel.pipelines.training.settings import Loss, Schedule, Settings, Trained
 from dit_accel.pipelines.training.tasks import TASKS
@@ -55,15 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=type(value), default=value, help=f"{text} (default {value:g})")
 
 
-def run(options: argparse.Namespace) -> int:
-    settings = Settings(**{name: getattr(options, name) for name in DEFAULTS})
-    name, values = parse_method_call(settings.method)
+def attacher(text: str, backend: Backend = "auto") -> Callable[[nn.Module], None]:
+    """What gives a denoiser the attention of a method, as ``--method`` takes it; plain ``dense`` leaves it its own."""
+    name, values = parse_method_call(text)
     method = make_method(name, **values)
 
     def attach(denoiser: nn.Module) -> None:
-        if method.name != "dense":
-            apply(denoiser, method, backend=options.backend)
+        if name != "dense" or kernel_of(method) is not None:
+            apply(denoiser, method, backend=backend)
 
+    return attach
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = Settings(**{name: getattr(options, name) for name in DEFAULTS})
+    attach = attacher(settings.method, options.backend)
     try:
         last = train(TASKS[settings.task], settings, attach, resume=options.resume)
     except KeyboardInterrupt:

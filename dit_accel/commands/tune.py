@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dit_accel.commands.arguments import add_settings
-from dit_accel.commands.eval import read_prompts
+from dit_accel.commands.arguments import add_settings, read_prompts
 from dit_accel.commands.models import Model, Request, call_arguments, generate, load, target_device, warm_up
 from dit_accel.eval.machine import machine
 from dit_accel.eval.rates import matmul_rate
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--output must be a .json file in a folder that exists, got {options.output}.")
     prompts = read_prompts(options.prompts, options.model)
     model = load(options.model, options.device, options.dtype)
-    first = model.request(options, prompts[0])
+    first = model.request(options, prompts[0], options.seed)
     requests = [replace(first, prompt=prompt, seed=options.seed + number) for number, prompt in enumerate(prompts)]
     facts = facts_of(model.spec, first, model.device, model.pipe.transformer.dtype, options.backend)
     print(

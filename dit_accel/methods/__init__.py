@@ -68,8 +68,12 @@ def make_method(method: str | AttnMethod, **options: Any) -> AttnMethod:
     return chosen(**values) if isinstance(method, str) else dataclasses.replace(method, **values)
 
 
-def parse_method_call(text: str) -> tuple[str, dict[str, Any]]:
+def parse_method_call(text: str, kind: str = "method") -> tuple[str, dict[str, Any]]:
     """Name and options of a method as people write it: ``radial`` or ``radial(decay=0.2)``; values are literals.
+
+    Args:
+        text: the call.
+        kind: what errors call it, where something else is written the same way. Default "method".
 
     Raises:
         ValueError: anything else.
@@ -82,7 +86,7 @@ def parse_method_call(text: str) -> tuple[str, dict[str, Any]]:
             return tree.func.id, {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords}
     except (SyntaxError, ValueError):
         pass
-    raise ValueError(f"a method is written as a name or as name(option=value, ...), got {text!r}.")
+    raise ValueError(f"a {kind} is written as a name or as name(option=value, ...), got {text!r}.")
 
 
 def token_mask(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
@@ -103,26 +102,28 @@ class ModuleCall:
 
     Args:
         run: the stock processor.
-        bound: what the module was called with.
+        signature: of its parameters.
+        args, kwargs: what the module was called with.
     """
 
     run: Callable[..., Any]
-    bound: inspect.BoundArguments
+    signature: inspect.Signature
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.bound.arguments["hidden_states"].device
-        return device
+        return next(value.device for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
 
     def __call__(self) -> Any:
         """The module's output: a tensor, or one for the grid and one for the text."""
-        return self.run(*self.bound.args, **self.bound.kwargs)
+        return self.run(*self.args, **self.kwargs)
 
     def of_items(self, items: slice) -> Any:
         """Its output for some items of the batch."""
-        given = self.bound.arguments
-        cut = {name: value[items] for name in _BATCHED if isinstance(value := given.get(name), Tensor)}
-        part = inspect.BoundArguments(self.bound.signature, OrderedDict(given | cut))
+        part = self.signature.bind(*self.args, **self.kwargs)
+        given = part.arguments
+        given.update({name: value[items] for name in _BATCHED if isinstance(value := given.get(name), Tensor)})
         return self.run(*part.args, **part.kwargs)
 
 

@@ -46,9 +46,9 @@ def facts(command: str, matmul_tflops: float) -> dict[str, Any]:
 def append(path: Path, rows: Iterable[Mapping[str, Any]], shared: Mapping[str, Any]) -> None:
     """One JSON line per row, at the end of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**row, **shared}) + "\n")
+    lines = "".join(json.dumps({**row, **shared}) + "\n" for row in rows)
+    with path.open("a") as file:  # at once: a run that is stopped leaves whole lines
+        file.write(lines)
 
 
 def read(path: Path, keys: frozenset[str] = Row.__required_keys__) -> list[dict[str, Any]]:

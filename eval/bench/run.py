@@ -10,7 +10,7 @@ import torch
 
 from dit_accel.eval.bench.cases import Case
 from dit_accel.eval.bench.operators import Operator
-from dit_accel.eval.bench.power import during, power_log
+from dit_accel.eval.power import during, power_log
 from dit_accel.eval.rates import attention_flops
 from dit_accel.eval.row_check import Outcome, RowReference, judge_gradients, poison, row_reference, sample_rows
 from dit_accel.eval.speed import Timing, measure_in_turns

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dit_accel.eval.frames import Frames, as_float, as_pair
-from dit_accel.eval.quality.ssim import ssim
-
-Compute = Callable[[Tensor, Tensor | None], Tensor]
+Against = Tensor | str | None  # what a clip is judged against: the reference clip, the prompt, or nothing
+Compute = Callable[[Tensor, Against], Tensor]
+Scope = Literal["frame", "clip", "set"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric said about one clip.
+    """What a metric said about one clip, or about a set of clips.
 
     Args:
-        value: the clip's score; ``math.inf`` for the PSNR of identical clips; None when skipped.
-        values: the parts it was pooled from: one per frame, one per pair of successive frames (flicker), or one for
-            the clip (prompt accuracy).
+        value: the score; ``math.inf`` for the PSNR of identical clips; None when skipped.
+        values: the parts it was pooled from: one per frame, one per pair of successive frames (flicker), or what the
+            metric of a whole clip says (prompt accuracy: one value).
         skipped: why there is no value, else None.
     """
 
@@ -33,19 +32,35 @@ class Score:
 
 
 @dataclass(frozen=True)
+class SetScore(Score):
+    """What a metric said about a set.
+
+    Args:
+        samples: frames or clips, as the metric counts, that it saw.
+    """
+
+    samples: int = 0
+
+
+@dataclass(frozen=True)
 class Metric:
-    """A measure of frames.
+    """A measure of one clip.
 
     Args:
         name: its key in results and records.
         needs_reference: whether it compares with the reference clip (the dense output).
         higher_is_better: None where neither direction is better by itself.
         unit: "" for a pure number.
-        compute: (frames, reference or None), float [T, H, W, 3] in [0, 1] each -> the parts, 1-D.
+        compute: (frames, reference or None), float [T, H, W, 3] in [0, 1] each -> the parts, 1-D. With
+            ``needs_prompt`` it takes (frames, prompt).
         pool: the clip's score from the parts. Default: their mean.
+        scope: "frame": one part per frame, or per run of ``min_frames`` successive frames; "clip": parts of the whole.
+            Default "frame".
         min_frames: shorter clips are skipped with a reason. Default 1.
         min_side: clips with a shorter side, in pixels, are skipped with a reason. Default 1.
-        package: the package it needs beyond the core ones, from the extra ``eval``; skipped where it is missing.
+        dependencies: packages it needs beyond the core ones, from the extra ``eval``; skipped where one is missing.
+        needs_prompt: whether it compares with the prompt instead of a clip. Default False.
+        needs: what (frames, reference or None) lack for it, as a clause after "needs"; None: nothing. Default: nothing.
     """
 
     name: str
@@ -54,29 +69,42 @@ class Metric:
     unit: str
     compute: Compute
     pool: Callable[[Tensor], Tensor] = torch.mean
+    scope: Literal["frame", "clip"] = "frame"
     min_frames: int = 1
     min_side: int = 1
-    package: str | None = None
+    dependencies: tuple[str, ...] = ()
+    needs_prompt: bool = False
+    needs: Callable[[Tensor, Tensor | None], str | None] | None = None
 
 
-def measure(
-    frames: Frames,  # [T, H, W, 3]
-    reference: Frames | None = None,  # [T, H, W, 3]
-    metrics: Sequence[str | Metric] = ("mse", "psnr", "ssim", "ms_ssim", "flicker", "flicker_gap"),
-) -> dict[str, Score]:
-    """Scores of a clip by metric name; a metric that cannot apply is skipped with the reason, never guessed.
+class Accumulator(Protocol):
+    """A metric of a set at work: takes clips one by one and keeps nothing that grows with their number."""
+
+    def add(self, frames: Tensor, reference: Tensor | None, prompt: str | None = None) -> None:
+        """One clip, float [T, H, W, 3] in [0, 1], the reference it belongs to, of the same shape, and its prompt."""
+
+    def result(self) -> SetScore:
+        """The score of all clips so far, the same in whatever order they came."""
+
+
+@dataclass(frozen=True)
+class SetMetric:
+    """A measure of two sets of clips that no single clip has, such as the Fréchet distance of their features.
 
     Args:
-        frames: the clip to judge: floating in [0, 1], or uint8.
-        reference: the clip it should equal; the same frame count and size.
-        metrics: names from ``METRICS``, or metrics of your own such as ``prompt_accuracy(judge)``.
-
-    Raises:
-        ValueError: for an unknown name, or clips that are malformed, out of range, or do not match.
+        name: its key in results.
+        higher_is_better: None where neither direction is better by itself.
+        unit: "" for a pure number.
+        dependencies: packages it needs beyond the core ones, from the extra ``eval``; skipped where one is missing.
+        start: makes an accumulator for one run over the set.
     """
-    clip, target = (as_float(frames), None) if reference is None else as_pair(frames, reference)
-    chosen = [_lookup(metric) if isinstance(metric, str) else metric for metric in metrics]
-    return {metric.name: _score(metric, clip, target) for metric in chosen}
+
+    name: str
+    higher_is_better: bool | None
+    unit: str
+    dependencies: tuple[str, ...]
+    start: Callable[[], Accumulator]
+    scope: ClassVar[Scope] = "set"
 
 
 def prompt_accuracy(judge: Callable[[Tensor], float]) -> Metric:
@@ -85,81 +113,50 @@ def prompt_accuracy(judge: Callable[[Tensor], float]) -> Metric:
     Args:
         judge: clip -> share of the prompt's statements that hold, in [0, 1].
     """
-    return Metric("prompt_accuracy", False, True, "", lambda clip, _: torch.tensor([judge(clip)], dtype=torch.float64))
+    return Metric(
+        "prompt_accuracy",
+        needs_reference=False,
+        higher_is_better=True,
+        unit="",
+        compute=lambda clip, _: torch.tensor([judge(clip)], dtype=torch.float64),
+        scope="clip",
+    )
 
 
-def _lookup(name: str) -> Metric:
-    if name not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}.")
-    return METRICS[name]
+def missing_packages(metric: str, packages: Iterable[str]) -> str | None:
+    """Why a metric that needs these packages cannot run here, or None where it can."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{metric} needs {' and '.join(missing)}: pip install 'dit-accel[eval]'." if missing else None
 
 
-def _score(metric: Metric, clip: Tensor, target: Tensor | None) -> Score:
-    if metric.needs_reference and target is None:
-        return Score(None, skipped=f"{metric.name} needs a reference clip.")
-    if len(clip) < metric.min_frames:
-        return Score(None, skipped=f"{metric.name} needs at least {metric.min_frames} frames, got {len(clip)}.")
-    if min(clip.shape[1:3]) < metric.min_side:
-        return Score(
-            None, skipped=f"{metric.name} needs sides of at least {metric.min_side}, got {list(clip.shape[1:3])}."
-        )
-    if metric.package and importlib.util.find_spec(metric.package) is None:
-        return Score(None, skipped=f"{metric.name} needs {metric.package}: pip install 'dit-accel[eval]'.")
-    values = metric.compute(clip, target)
+def score_of(metric: Metric, clip: Tensor, target: Tensor | None, prompt: str | None = None) -> Score:
+    """What the metric says about float clips [T, H, W, 3] in [0, 1] of one shape, or the reason why it says nothing."""
+    reason = _obstacle(metric, clip, target, prompt)
+    if reason:
+        return Score(None, skipped=reason)
+    values = metric.compute(clip, prompt if metric.needs_prompt else target)
     return Score(float(metric.pool(values)), tuple(values.tolist()))
 
 
-def _paired(compare: Callable[[Tensor, Tensor], Tensor]) -> Compute:
-    def compute(clip: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None, "measure() skips metrics whose reference is missing"
+def _obstacle(metric: Metric, clip: Tensor, target: Tensor | None, prompt: str | None) -> str | None:
+    """Why the metric cannot judge this clip, or None."""
+    if metric.needs_reference and target is None:
+        return f"{metric.name} needs a reference clip."
+    if metric.needs_prompt and prompt is None:
+        return f"{metric.name} needs the clip's prompt."
+    if len(clip) < metric.min_frames:
+        return f"{metric.name} needs at least {metric.min_frames} frames, got {len(clip)}."
+    if min(clip.shape[1:3]) < metric.min_side:
+        return f"{metric.name} needs sides of at least {metric.min_side}, got {list(clip.shape[1:3])}."
+    lack = metric.needs(clip, target) if metric.needs else None
+    return f"{metric.name} needs {lack}." if lack else missing_packages(metric.name, metric.dependencies)
+
+
+def paired(compare: Callable[[Tensor, Tensor], Tensor]) -> Compute:
+    """The ``compute`` of a metric that needs a reference."""
+
+    def compute(clip: Tensor, target: Against) -> Tensor:
+        assert isinstance(target, Tensor), "measure() skips metrics whose reference is missing"
         return compare(clip, target)
 
     return compute
-
-
-def _mse(clip: Tensor, target: Tensor) -> Tensor:
-    # Frame by frame: a double copy of a long clip would cost gigabytes.
-    return torch.stack([(x.double() - y.double()).square().mean() for x, y in zip(clip, target, strict=True)])
-
-
-def _decibels(mse: Tensor) -> Tensor:
-    """PSNR for data range 1; infinite where the error is exactly zero."""
-    return -10 * torch.log10(mse)
-
-
-def _pool_psnr(decibels: Tensor) -> Tensor:
-    """PSNR of the whole clip's mean squared error: infinite only if every frame is identical."""
-    return _decibels((10 ** (-decibels / 10)).mean())
-
-
-def _ms_ssim(clip: Tensor, target: Tensor) -> Tensor:
-    """Multi-scale SSIM (Wang et al. 2003) with its usual five scales, frame by frame."""
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as score
-
-    frames = zip(clip.movedim(-1, 1).double(), target.movedim(-1, 1).double(), strict=True)
-    return torch.stack([score(x[None], y[None], data_range=1.0) for x, y in frames])
-
-
-def _flicker(clip: Tensor) -> Tensor:
-    """Mean absolute difference of successive frames, [T - 1]."""
-    return torch.stack([(after - before).abs().double().mean() for before, after in pairwise(clip)])
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("mse", True, False, "", _paired(_mse)),
-        Metric("psnr", True, True, "dB", _paired(lambda x, y: _decibels(_mse(x, y))), pool=_pool_psnr),
-        Metric("ssim", True, True, "", _paired(ssim)),
-        Metric("ms_ssim", True, True, "", _paired(_ms_ssim), min_side=176, package="torchmetrics"),
-        Metric("flicker", False, None, "", lambda clip, _: _flicker(clip), min_frames=2),
-        Metric(
-            "flicker_gap",
-            True,
-            False,
-            "",
-            _paired(lambda x, y: (_flicker(x) - _flicker(y)).abs()),
-            min_frames=2,
-        ),
-    )
-}

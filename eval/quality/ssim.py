@@ -1,12 +1,14 @@
-"""Structural similarity of single frames (Wang, Bovik, Sheikh, Simoncelli 2004)."""
+"""Structural similarity of single frames (Wang, Bovik, Sheikh, Simoncelli 2004), at one scale and at five."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
 
 WINDOW = 11
 _SIGMA = 1.5
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the paper, from full size down
 _C1, _C2 = 0.01**2, 0.03**2  # (K1 * data range)^2 and (K2 * data range)^2, data range 1
 
 
@@ -30,18 +32,58 @@ def ssim(frames: Tensor, reference: Tensor) -> Tensor:
     return torch.stack([_ssim_frame(x, y) for x, y in zip(frames, reference, strict=True)])
 
 
+def ms_ssim(frames: Tensor, reference: Tensor) -> Tensor:
+    """Multi-scale SSIM (Wang, Simoncelli, Bovik 2003) of each frame, [T].
+
+    The product over five scales, each half the size of the one before, of the mean contrast and structure, to the power
+    of the scale's weight; luminance joins at the last one, which may be hardly larger than the window and is reflected
+    at its edges, as torchmetrics does it. A negative mean counts as 0.
+
+    Args:
+        frames: float [T, H, W, 3] in [0, 1], sides of at least 176: the window has to fit the last scale.
+        reference: the same shape.
+    """
+    return torch.stack([_ms_ssim_frame(x, y) for x, y in zip(frames, reference, strict=True)])
+
+
 def _ssim_frame(
     x: Tensor,  # [H, W, 3]
     y: Tensor,  # [H, W, 3]
 ) -> Tensor:
-    # Variances are differences of close numbers: in float32 flat regions would lose the digits that 1e-4 needs.
-    x, y = x.movedim(-1, 0).double(), y.movedim(-1, 0).double()
+    luminance, structure = _terms(_planes(x), _planes(y))
+    return (luminance * structure).mean()
+
+
+def _ms_ssim_frame(
+    x: Tensor,  # [H, W, 3]
+    y: Tensor,  # [H, W, 3]
+) -> Tensor:
+    x, y = _planes(x), _planes(y)
+    product = x.new_ones(())
+    for weight in _SCALES[:-1]:
+        product = product * _terms(x, y)[1].mean().relu() ** weight
+        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
+    around = (WINDOW // 2,) * 4
+    luminance, structure = _terms(pad(x, around, mode="reflect"), pad(y, around, mode="reflect"))
+    return product * (luminance * structure).mean().relu() ** _SCALES[-1]
+
+
+def _planes(frame: Tensor) -> Tensor:
+    """[H, W, 3] -> [3, H, W], in double: variances are differences of close numbers, and in float32 flat regions would
+    lose the digits that 1e-4 needs."""
+    return frame.movedim(-1, 0).double()
+
+
+def _terms(
+    x: Tensor,  # [3, H, W]
+    y: Tensor,  # [3, H, W]
+) -> tuple[Tensor, Tensor]:
+    """Luminance, and contrast times structure, of every window, [3, H - 10, W - 10]."""
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     var_x, var_y, cov = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     structure = (2 * cov + _C2) / (var_x + var_y + _C2)
-    similarity: Tensor = luminance * structure
-    return similarity.mean()
+    return luminance, structure
 
 
 def _blur(maps: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a comparison shows: tables, pictures of what a query sees and of what it misses, and a self-contained page."""
 
-from dit_accel.eval.report.heat_map import heat_map, heat_map_scale
+from dit_accel.eval.report.heat_map import heat_map, heat_map_scales
 from dit_accel.eval.report.page import MethodResult, ReportData, write_report
 from dit_accel.eval.report.tables import MISSING, format_table, summary
 from dit_accel.eval.report.tile_picture import tile_picture
@@ -11,7 +11,7 @@ __all__ = [
     "ReportData",
     "format_table",
     "heat_map",
-    "heat_map_scale",
+    "heat_map_scales",
     "summary",
     "tile_picture",
     "write_report",

@@ -13,11 +13,14 @@ class Html(str):
 
 
 def element(tag: str, content: object = "", **attributes: object) -> Html:
-    """``<tag attributes>content</tag>``; a trailing underscore of an attribute name is dropped, others become "-"."""
+    """``<tag attributes>content</tag>``; a trailing underscore of an attribute name is dropped, others become "-".
+
+    An image has no content and no end tag.
+    """
     named = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items()
     )
-    return Html(f"<{tag}{named}>{_escape(content)}</{tag}>")
+    return Html(f"<{tag}{named}>" + ("" if tag == "img" else f"{_escape(content)}</{tag}>"))
 
 
 def join(parts: Iterable[Html]) -> Html:
@@ -26,8 +29,12 @@ def join(parts: Iterable[Html]) -> Html:
 
 def fill(template: str, **values: object) -> Html:
     """The package's HTML file ``template`` with its ``$names`` replaced."""
-    text = files("dit_accel.eval.report").joinpath(template).read_text(encoding="utf-8")
-    return Html(Template(text).substitute({name: _escape(value) for name, value in values.items()}))
+    return Html(Template(asset(template)).substitute({name: _escape(value) for name, value in values.items()}))
+
+
+def asset(name: str) -> Html:
+    """The package's file ``name``, such as a style sheet, as it is."""
+    return Html(files("dit_accel.eval.report").joinpath(name).read_text(encoding="utf-8").rstrip())
 
 
 def _escape(value: object) -> str:

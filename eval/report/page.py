@@ -11,14 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from dit_accel.eval.discarded import DiscardedMass
+from dit_accel.eval.fidelity import Fidelity
 from dit_accel.eval.frames import Frames, as_uint8
 from dit_accel.eval.media import data_uri, png_bytes
 from dit_accel.eval.quality.difference import GAIN
 from dit_accel.eval.records import Record
 from dit_accel.eval.report.embed import Encoding, Media, embed
-from dit_accel.eval.report.heat_map import heat_map, heat_map_scale
-from dit_accel.eval.report.markup import Html, element, fill, join
+from dit_accel.eval.report.heat_map import heat_map, heat_map_scales
+from dit_accel.eval.report.markup import Html, asset, element, fill, join
 from dit_accel.eval.report.tables import speed_up, summary
 
 
@@ -33,7 +33,7 @@ class MethodResult:
         script: Python that makes this clip.
         command: shell command that makes this clip.
         tile_picture: what a query sees, see ``tile_picture``. Default: none.
-        discarded: the softmax mass it leaves out, shown as a heat map. Default: not measured.
+        attention: how far its attention is from dense, shown as a heat map. Default: not measured.
     """
 
     record: Record
@@ -42,7 +42,7 @@ class MethodResult:
     script: str
     command: str
     tile_picture: Image.Image | None = None
-    discarded: DiscardedMass | None = None
+    attention: Fidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,19 @@ def write_report(folder: str | os.PathLike[str], report: ReportData, budget: int
     results, baseline = report.results, report.results[0].record
     clips = [as_uint8(result.frames, result.label) for result in results]
     media, encoding = embed(clips, report.fps, budget)
-    scale = heat_map_scale([result.discarded for result in results if result.discarded])
+    scales = heat_map_scales([result.attention for result in results if result.attention])
     frames, height, width, _ = clips[0].shape
     page = fill(
         "template.html",
+        style=asset("style.css"),
+        script=asset("page.js"),
         prompt=baseline["prompt"],
         notes=join(element("p", note, class_="note") for note in report.notes),
         facts=_facts(baseline, report.tokens, (frames, height, width)),
         table=_table(results),
-        player="" if frames == 1 else fill("player.html", last=frames - 1, fps=report.fps),
-        cards=join(_card(result, item, baseline, scale) for result, item in zip(results, media, strict=True)),
-        compare="" if len(results) == 1 else _compare(results, media, frames // 2, width / height),
+        player="" if frames == 1 else fill("player.html", frames=frames, fps=report.fps),
+        cards=join(_card(result, item, baseline, scales) for result, item in zip(results, media, strict=True)),
+        compare="" if len(results) == 1 else _compare(results, media, frames // 2 + 1, width / height),
         how=_how(results[0], encoding),
         environment=_pairs(baseline["machine"] | baseline["versions"] | _provenance(baseline)),
         rendering="pixelated" if width < 256 else "auto",
@@ -147,7 +149,7 @@ def _heading(column: str) -> str:
     return column[0].upper() + column[1:]
 
 
-def _card(result: MethodResult, media: Media, baseline: Record, scale: float) -> Html:
+def _card(result: MethodResult, media: Media, baseline: Record, scales: Mapping[str, float]) -> Html:
     figures = summary(result.record, baseline)
     is_baseline = result.record is baseline
     shown = (
@@ -172,11 +174,11 @@ def _card(result: MethodResult, media: Media, baseline: Record, scale: float) ->
             data_uri(png_bytes(picture), "image/png") if picture else None,
             f"Tiles of {result.label}",
         ),
-        discarded=_figure(
+        attention=_figure(
             "tiles",
-            f"Softmax mass left out: {result.discarded}",
-            data_uri(png_bytes(heat_map(result.discarded, scale)), "image/png") if result.discarded else None,
-            f"Discarded softmax mass of {result.label}, blocks by heads and by step",
+            f"Attention beside dense: {result.attention}",
+            data_uri(png_bytes(heat_map(result.attention, scales)), "image/png") if result.attention else None,
+            f"Attention of {result.label} beside dense attention, blocks by heads and by step",
         ),
         options=_options(result.record["options"]),
         script=result.script,
@@ -232,9 +234,10 @@ def _how(baseline: MethodResult, encoding: Encoding) -> Html:
             "initial noise. PSNR is of the clip's mean squared error; SSIM uses an 11 × 11 Gaussian window. Closeness "
             "to dense is not the same as looking good.",
             "Prompt accuracy": "Share of the prompt's statements that a verifier reads back from the clip.",
-            "Softmax mass left out": "Share of a query's softmax that dense attention gives to keys that the method "
-            "did not look at, on one query of each query tile in a run of its own, where it was asked for. A colour "
-            "means the same for every method; grey is dense.",
+            "Attention beside dense": "On one query of each query tile in a run of its own, where it was asked for: "
+            "the share of its softmax that dense attention gives to keys that the method did not look at, the relative "
+            "L2 error of the attention output, and its cosine to the dense output. A colour means the same for every "
+            "method; grey is dense.",
             "This page": f"Shows compressed media ({encoding}); every number was measured before compression.",
         }
     )

@@ -17,13 +17,18 @@ from dit_accel.pipelines.families.wan import WAN
 
 FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, FLUX, DIT, PIXART, SD3, PIXEL_DIT)
 
-__all__ = ["FAMILIES", "Family", "denoisers_of", "family_of"]
+__all__ = ["FAMILIES", "Family", "denoisers_of", "family_named", "family_of"]
 
 
 def family_of(model_class: type) -> Family | None:
     """The family of a denoiser's class or of a class it derives from; None if it is not supported."""
     names = {base.__name__ for base in model_class.__mro__}
     return next((family for family in FAMILIES if names.intersection(family.models)), None)
+
+
+def family_named(name: str) -> Family:
+    """The family of that name, as ``ModelSpec`` has it."""
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def denoisers_of(pipe_or_model: Any) -> list[tuple[nn.Module, Family]]:

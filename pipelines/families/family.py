@@ -24,6 +24,7 @@ class Family:
         cond_half: which half of a batched call is the conditional one. Default "second".
         visual_targets: like ``targets``, modules that see the grid alone though the others see text too; counted last.
         timestep_scale: the scheduler's timesteps in units of the denoiser's. Default 1.
+        masks_text: whether its calls hide the text's padding by a mask over keys. Default False.
     """
 
     name: str
@@ -35,3 +36,4 @@ class Family:
     cond_half: Literal["first", "second"] = "second"
     visual_targets: tuple[str, ...] = ()
     timestep_scale: float = 1.0
+    masks_text: bool = False

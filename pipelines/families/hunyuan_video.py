@@ -36,4 +36,5 @@ HUNYUAN_VIDEO = Family(
         "patch": (config.patch_size_t, config.patch_size, config.patch_size),
     },
     guidance="separate",
+    masks_text=True,
 )

@@ -1,0 +1,1 @@
+"""What the papers of the methods report, as data, and the page that sets it beside the records here."""
