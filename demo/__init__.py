@@ -1,0 +1,1 @@
+"""The Gradio demo: dense and sparse attention side by side, in a browser."""
