@@ -247,6 +247,7 @@ STAGES: tuple[Stage, ...] = (
 # Records that stay in the repository as they are: file -> why no stage makes them.
 ARCHIVED: dict[str, str] = {
     "compare-shapes-cpu-prompts.jsonl": "three prompts with presets that have changed since; no table stands on it",
+    "demo-cpu.jsonl": "the times of a page in a browser: python tests/demo_times.py measures them again",
     "hostile-check-h200.jsonl": "a check, not a measurement: python -m dit_accel.eval.hostile_check runs it again",
     "kernel-check-h200.jsonl": "a check, not a measurement: python -m dit_accel.eval.kernel_check runs it again",
     "kernel-study-h200.jsonl": "variants of kernels that were tried and are not in the package",
