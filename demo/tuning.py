@@ -16,6 +16,7 @@ from dit_accel.demo.workshop import Stopped, turn
 
 BUDGETS = {"PSNR to keep, in dB": "psnr", "Speed-up to reach": "speedup", "Seconds to stay within": "seconds"}
 MOST_MINUTES = 30.0
+_PLACES = ("plan: ", "curve: ", "picture: ", "use it: ")  # lines that say where files are, which a visitor cannot use
 _TAIL = 12  # lines of the log that an error shows at most
 
 
@@ -106,7 +107,8 @@ def tune(search: Search, folder: Path, line: Line, stop: threading.Event) -> Ite
     log += _drained(lines)
     if process.returncode:
         raise ValueError(_reason(log))
-    yield Tuned("\n".join(log), output, output.with_suffix(".curve.png"))
+    said = [line for line in log if not line.startswith(_PLACES)]
+    yield Tuned("\n".join(said), output, output.with_suffix(".curve.png"))
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
